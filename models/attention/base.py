@@ -1,0 +1,76 @@
+"""Attention over a paged KV cache, behind one protocol: `plan` once per step on the host, `attend` once per layer.
+
+All tokens of a step lie flat, sequence after sequence, whatever their phase: a decode is a sequence with one new token,
+a prefill chunk one with many. `sdpa.py` is the reference of every other backend.
+
+Legend: T new tokens of the step, S sequences, N query heads, K key/value heads, H head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """What the cache of one model looks like. `block_size` positions a block."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """Which positions of which sequences a step computes. Plain integers; one entry per sequence.
+
+        | cached in blocks (num_computed) | new (num_new) |
+        0                                 ^ first new     ^ length = num_computed + num_new
+
+    `block_tables[s]` holds at least ceil(length / block_size) block ids.
+    """
+
+    num_new: Sequence[int]
+    num_computed: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+
+
+class AttentionBackend(Protocol):
+    """One way to keep and read keys and values. An instance belongs to one runner and one cache spec."""
+
+    def allocate(self, num_blocks: int) -> list[Any]:
+        """The cache tensors, one entry per layer, in the backend's own layout."""
+        ...
+
+    def plan(self, layout: TokenLayout) -> Any:
+        """Host work of a step: index tensors and whatever the kernels need, the same for all layers."""
+        ...
+
+    def attend(
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        kv: Any,
+        plan: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Write the new keys and values into `kv` (this layer's cache), then attend causally; returns out_TNH.
+
+        `window`: a position sees itself and the `window - 1` before it (sliding window); None: all before it.
+        """
+        ...

@@ -1,0 +1,61 @@
+"""The seam between those who ask and those who compute: one method to submit, one stream to read.
+
+`TextBackend` (in the replica's process) and `ChannelClient` (in the gateway's) both satisfy `Backend`, so everything above
+is written once and tested in one process. The pattern is httpx's transport: one small interface, a local and a remote
+implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve.events import Event
+from serve.request import ModelCard, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a scheduler reports for routing, admission and metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    tokens_waiting: int = 0
+    """Work not yet started, in token positions (a denoise step counts its latent tokens)."""
+    memory: float = 0.0
+    """Share of the cache memory held by unfinished work, 0..1."""
+
+
+class EventStream(Protocol):
+    """Async iterator of lists of events: each read takes all that came since the last one.
+
+    Ends after the last choice's `Finished`, or raises a `TandemError`. `aclose()` cancels what is unfinished, at any
+    time and more than once.
+    """
+
+    def __aiter__(self) -> EventStream: ...
+    async def __anext__(self) -> list[Event]: ...
+    async def aclose(self) -> None: ...
+
+
+class Backend(Protocol):
+    """One model, wherever it runs."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    async def submit(self, request: Request) -> EventStream:
+        """Return once the request is accepted; raise `InvalidRequest` or `Unavailable` when it is refused."""
+        ...
+
+    def load(self) -> Load: ...
+
+    async def check_health(self) -> None:
+        """Raise `EngineDead` when the model can no longer serve."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and return when the accepted ones have ended, at most `timeout_s` later."""
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,131 @@
+"""The contract between the engine loop and a modality: a `Scheduler` that decides and a `Runner` that computes.
+
+The engine moves jobs through the two and knows neither tokens nor latents. What must hold for every pair, and is tested
+as properties over random schedules:
+
+- progress      while a job is unfinished and nothing is in flight, `schedule()` returns a batch; what can never fit is
+                refused by `validate`
+- budget        a batch never exceeds the scheduler's limits on work and on jobs
+- conservation  free + held resources = total after every step; all free when no job is left
+- once          every job finishes exactly once
+- transparency  a job's outputs do not depend on its batch mates, chunking, cache reuse or preemption
+- fairness      admission follows the policy key, and every running job advances within a bounded number of steps
+
+Steps may overlap (`Engine` depth): `schedule` can be called again before the previous batch's `update`. Each batch is
+settled exactly once, by `update` or by `abandon`, in the order of scheduling. Resources that a batch in flight may
+still write are freed only when that batch is settled. A job that was removed or preempted meanwhile gets nothing
+from it: every batch remembers the epoch of its jobs, stale outputs are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from serve.backend import Load
+from serve.engine.job import Job
+from serve.events import FinishReason
+
+J = TypeVar("J", bound=Job)
+B = TypeVar("B", bound="Batch")
+B_co = TypeVar("B_co", bound="Batch", covariant=True)
+B_contra = TypeVar("B_contra", contravariant=True)
+O_contra = TypeVar("O_contra", contravariant=True)
+O_co = TypeVar("O_co", covariant=True)
+
+
+class Batch(Protocol):
+    """What one step computes. Plain integers, so that it can be sent to other ranks as it is."""
+
+    @property
+    def jobs(self) -> list[Any]:
+        """The jobs in this batch (`Job`)."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Token positions (or latent tokens) computed in this step."""
+        ...
+
+
+@dataclass(slots=True)
+class Update(Generic[J]):
+    """What a settled batch means for one job: an output to publish, a finish, or both."""
+
+    job: J
+    output: Any | None = None
+    finish: FinishReason | None = None
+
+
+class Scheduler(Protocol[J, B, O_contra]):
+    """Decides what the next step computes. Owns queues, budgets and resource ids. No torch, no clock, no threads."""
+
+    def validate(self, job: J) -> None:
+        """Raise `InvalidRequest` for what can never run. Pure: called on the submitter's thread."""
+        ...
+
+    def add(self, job: J) -> None:
+        """Take a new job, or one whose batch was abandoned and which is tried again."""
+        ...
+
+    def remove(self, job: J) -> None:
+        """Forget a job, waiting or running, and free all it holds (what is in flight, when that is settled)."""
+        ...
+
+    def schedule(self, only: J | None = None) -> B | None:
+        """The next batch, or None when nothing can be computed now. `only`: a batch with that job alone."""
+        ...
+
+    def update(self, batch: B, output: O_contra) -> Iterable[Update[J]]:
+        """Settle a computed batch. A finished job is removed by the scheduler itself."""
+        ...
+
+    def abandon(self, batch: B) -> None:
+        """Settle a batch that failed: its jobs lose what it would have computed and wait to be computed again."""
+        ...
+
+    def load(self) -> Load: ...
+
+
+class Runner(Protocol[B_contra, O_co]):
+    """Computes batches. Owns weights, tensors and the device; decides nothing. Called by the engine thread only."""
+
+    def submit(self, batch: B_contra) -> Any:
+        """Start computing and return a handle. May block (CPU) or return at once (GPU)."""
+        ...
+
+    def collect(self, handle: Any) -> O_co:
+        """Wait for the result of a submitted batch. Called in the order of submission, once per handle."""
+        ...
+
+    def release(self, job_id: str) -> None:
+        """Drop tensors kept for this job, if any."""
+        ...
+
+    def check(self) -> None:
+        """Canary: compute something small with a known answer; raise when the device can no longer be trusted."""
+        ...
+
+
+class DeviceFault(Exception):
+    """Raised by a runner when the device itself is lost (a CUDA error, say): the engine ends, nothing is retried."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One settled step, for metrics."""
+
+    duration_s: float
+    """From submit to settled."""
+    num_jobs: int
+    num_tokens: int
+    load: Load
+
+
+class Observer(Protocol):
+    """Receives what happened, on the engine thread. Must be quick; its failure never fails a job."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_finish(self, job: Job) -> None: ...

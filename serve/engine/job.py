@@ -1,0 +1,44 @@
+"""A job: one generation in progress. What `Sequence` (over tokens) and `Trajectory` (over a latent) have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from serve.events import FinishReason
+
+
+class Status(IntEnum):
+    """WAITING → RUNNING → FINISHED. Preemption goes back to WAITING."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job:
+    """Identity, urgency and life cycle. Mutable, lives in one engine and never leaves it. Times are the engine's clock."""
+
+    id: str
+    priority: int = 0
+    """Larger is more urgent."""
+    timeout_s: float | None = None
+
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    epoch: int = 0
+    """Raised by preempt, abandon and finish; outputs computed for an older epoch are dropped."""
+
+    arrival: float = 0.0
+    first_scheduled: float | None = None
+    first_output: float | None = None
+    finished: float | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self.timeout_s is None else self.arrival + self.timeout_s
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED

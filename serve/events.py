@@ -1,0 +1,70 @@
+"""What a backend answers: frozen, plain values. A request's stream is lists of events, ended by one `Finished` per choice.
+
+Ids only: the gateway makes text of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a job ended. ERROR and DEADLINE reach the caller as exceptions, CANCELLED reaches nobody."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model's raw distribution (before penalties, temperature and masks)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of one choice, in order. `logprobs` has one entry a token, or is None when not asked for."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of the prompt's tokens; the first has none. Sent once, before the first token."""
+
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one choice. `cached_tokens` of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of choice `index`, exactly once."""
+
+    index: int
+    reason: FinishReason
+    usage: Usage
+    stop_token_id: int | None = None
+    """The stop or end token that ended it, when one of the request's `stop_token_ids` or the model's own did."""
+
+
+Event = TokenDelta | PromptScored | Finished

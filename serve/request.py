@@ -1,0 +1,96 @@
+"""What is asked of a backend: frozen, plain values, safe to send to another process.
+
+Text is token ids here. The gateway turns text into ids once (`serve/text/tokenizer.py`) and ids back into text, so stop
+strings, chat templates and JSON never reach an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Names and meaning as in the OpenAI API and vLLM.
+
+    Order of application: logit bias, minimum length (end tokens masked), penalties, temperature, min-p, top-k, top-p,
+    then a Gumbel-max draw keyed by (seed, position). `temperature` 0 is greedy.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Presence and frequency count generated tokens only, as OpenAI defines them."""
+    repetition_penalty: float = 1.0
+    """Counts prompt and generated tokens (Keskar et al., 2019)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    """Always concrete (64 bits): who accepts a request without a seed draws one, so that a replay is exact."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End the generation; the stop token is reported in `Finished.stop_token_id` and not delivered as output."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and this many alternatives (0: only the chosen). None: nothing."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the processed logits depend on tokens generated before."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRequest:
+    """Generate `n` continuations of `prompt_token_ids`. Choice i draws from `sampling.seed + i`."""
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    n: int = 1
+    prompt_logprobs: int | None = None
+    """Report the log-probability of every prompt token and this many alternatives per position."""
+    priority: int = 0
+    """Larger runs earlier; waiting raises it slowly, so nobody starves."""
+    timeout_s: float | None = None
+    """From acceptance to the last token; None: no deadline."""
+    cache_salt: str = ""
+    """Prefixes are shared only between requests of equal salt (the tenant)."""
+
+
+Request = TextRequest
+"""What a `Backend` takes. Image requests join this union."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What a replica tells about its model: shown by `tandem serve`, `/v1/models` and used for validation."""
+
+    name: str
+    kind: str
+    """"text" or "image"."""
+    source: str
+    """Folder or hub id as configured."""
+    device: str
+    dtype: str
+    num_parameters: int
+    max_model_len: int
+    """Positions of one sequence, prompt and output together."""
+    kv_cache_tokens: int
+    vocab_size: int
+    threads: int
+    """Compute threads of the replica's process."""
+    load_s: float
+    """Seconds from process start to ready."""
+    aliases: tuple[str, ...] = field(default=())
+    created: int = 0
+    """Unix seconds."""

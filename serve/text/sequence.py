@@ -1,0 +1,106 @@
+"""A sequence: one generation over tokens, and the batch in which it travels to the runner.
+
+    | num_cached (prefix hit) | computed earlier | scheduled, in flight | not yet scheduled |
+    0                                            ^ num_computed         ^ num_scheduled     ^ len(token_ids)
+
+`num_scheduled` runs ahead of `num_computed` while steps are in flight. A token that a step in flight will sample is not
+in `token_ids` yet: the scheduler counts it as `num_pending`, the runner knows its value on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serve.engine.job import Job
+from serve.events import TokenLogprobs
+from serve.request import SamplingParams
+
+PENDING = -1
+"""In `Row.token_ids`: the token sampled for this job by the previous batch, known to the runner only."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence(Job):
+    """Token ids and how far they are computed. One choice of a request."""
+
+    token_ids: list[int]
+    """Prompt, then output. Grows in place."""
+    num_prompt: int
+    sampling: SamplingParams
+    cache_salt: str = ""
+    prompt_logprobs: int | None = None
+
+    blocks: list[int] = field(default_factory=list)
+    """Block table, append-only while running."""
+    num_computed: int = 0
+    num_scheduled: int = 0
+    num_pending: int = 0
+    num_cached: int = 0
+    """Prompt positions found in the prefix cache at the first admission."""
+    num_preemptions: int = 0
+    stop_token_id: int | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence in one step. `job.sampling` and `job.token_ids` may be read by the sampler of the driver only."""
+
+    job: Sequence
+    epoch: int
+    """The job's epoch when scheduled; the output is stale when it has changed since."""
+    token_ids: list[int]
+    """The new tokens to compute; the last may be PENDING."""
+    start: int
+    """Position of the first of them: num_computed."""
+    block_table: list[int]
+    """Copied when a step may overlap the next one."""
+    samples: bool
+    """Whether the last position's logits choose a token (the chunk reaches the end of what is known)."""
+    sample_position: int
+    """Position of the token to be sampled: the counter of the random stream."""
+    scores_prompt: bool = False
+    """Whether log-probabilities of the next prompt tokens are wanted for these positions."""
+
+
+@dataclass(slots=True)
+class TokenBatch:
+    """What one step computes: rows of different lengths, decodes and prefill chunks alike."""
+
+    step: int
+    rows: list[Row]
+
+    @property
+    def jobs(self) -> list[Sequence]:
+        return [row.job for row in self.rows]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """One entry per row of the batch, in order."""
+
+    token_ids: list[int | None]
+    """The sampled token, or None for a row that does not sample."""
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[list[TokenLogprobs] | None]
+    """For rows that score: entry i is about the token at position start + i + 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUpdate:
+    """What a step gives one sequence: the `output` of an engine update."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
