@@ -7,13 +7,33 @@ is measured at start-up (KV blocks, say) is passed on as an argument.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
+
+
+def bounded(default: Any, *, least: float, most: float) -> Any:
+    """A field whose value, when it is not None, must lie in [least, most]."""
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+def check_bounds(options: Any) -> None:
+    """Raise ValueError naming the first field of `options` that lies outside its bounds."""
+    for spec in dataclasses.fields(options):
+        value = getattr(options, spec.name)
+        if "least" in spec.metadata and value is not None:
+            least, most = spec.metadata["least"], spec.metadata["most"]
+            if not least <= value <= most:
+                raise ValueError(f"{spec.name} is {value!r}; give a value from {least} to {most}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """One model and how its replicas compute it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    """How `serve/config.py` reads these classes; pydantic's own name for it, without importing pydantic."""
 
     model: str
     """Folder, hub id, or the name of an embedded model (`tandem-text`)."""
@@ -29,43 +49,63 @@ class ModelOptions:
     """auto: the checkpoint's own on CPU; on CUDA bfloat16 for what is stored in 16 or 32 bits."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shapes, nothing read but the config."""
-    threads: int | None = None
+    threads: int | None = bounded(None, least=1, most=1024)
     """Compute threads of one replica. None: its share of the cores (cores / replicas on this machine)."""
-    num_replicas: int = 1
-    num_cpus: float = 0.25
+    num_replicas: int = bounded(1, least=1, most=1024)
+    num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
 
-    max_model_len: int | None = None
+    max_model_len: int | None = bounded(None, least=1, most=1 << 24)
     """Positions of one sequence. None: what the model was made for, at most what the KV cache holds."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = bounded(256, least=1, most=4096)
     """Sequences computed in one step."""
-    max_num_batched_tokens: int | None = None
+    max_num_batched_tokens: int | None = bounded(None, least=1, most=1 << 20)
     """Token positions computed in one step; bounds a decode's wait behind others' prefill. None: 8192 on CUDA, 1024 on
     CPU (about 0.6 s of a 0.6 B model there)."""
-    max_num_waiting: int = 1024
+    max_num_waiting: int = bounded(1024, least=1, most=1 << 20)
     """Accepted requests that wait for their first step; beyond it requests are refused with a retry time."""
-    block_size: int = 16
+    block_size: int = bounded(16, least=1, most=1024)
     enable_prefix_caching: bool = True
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = bounded(0.9, least=0.01, most=1.0)
     """Share of the device's memory for weights, activations and KV cache together."""
-    kv_cache_memory_bytes: int | None = None
+    kv_cache_memory_bytes: int | None = bounded(None, least=1, most=1 << 50)
     """Size of the KV cache. None: on CUDA what is left of `gpu_memory_utilization`; on CPU enough for
     `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory."""
     enforce_eager: bool = False
     """No CUDA graphs."""
-    step_timeout_s: float = 300.0
+    step_timeout_s: float = bounded(300.0, least=1, most=86400)
     """A step that takes longer makes the engine unhealthy."""
     chat_template: str | None = None
     """File with a Jinja template that replaces the model's own."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not self.model:
+            raise ValueError("model is empty; give a folder, a hub id or the name of an embedded model")
+        budget = self.max_num_batched_tokens
+        if budget is not None and budget < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {budget}, below max_num_seqs ({self.max_num_seqs}); every running sequence "
+                f"needs one token a step: raise the first or lower the second"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name reported to clients: the first served name, else a folder's last part or the hub id as it is."""
+        if self.served_model_name:
+            return self.served_model_name[0]
+        return os.path.basename(os.path.abspath(self.model)) if os.path.isdir(self.model) else self.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayOptions:
     """The HTTP edge: socket, keys and limits."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
     host: str = "127.0.0.1"
-    port: int = 8000
-    num_gateways: int = 1
+    port: int = bounded(8000, least=0, most=65535)
+    num_gateways: int = bounded(1, least=1, most=64)
     """Gateway processes; with more than one they share the port (SO_REUSEPORT)."""
     api_key: tuple[str, ...] = ()
     """Keys clients must send as `Authorization: Bearer …`. Also from TANDEM_API_KEY and `api_key_file`."""
@@ -74,26 +114,39 @@ class GatewayOptions:
     allow_unauthenticated: bool = False
     """Bind other than loopback without keys."""
     metrics_require_key: bool = False
-    max_body_bytes: int = 4 << 20
-    max_header_bytes: int = 16 << 10
-    max_headers: int = 100
-    header_timeout_s: float = 10.0
+    max_body_bytes: int = bounded(4 << 20, least=1024, most=1 << 30)
+    max_header_bytes: int = bounded(16 << 10, least=1024, most=1 << 20)
+    max_headers: int = bounded(100, least=8, most=10000)
+    header_timeout_s: float = bounded(10.0, least=0.1, most=3600)
     """To receive a request's head."""
-    body_timeout_s: float = 30.0
+    body_timeout_s: float = bounded(30.0, least=0.1, most=3600)
     """To receive a request's body."""
-    keep_alive_s: float = 75.0
-    max_connections: int = 4096
-    default_timeout_s: float = 600.0
+    keep_alive_s: float = bounded(75.0, least=0.1, most=3600)
+    max_connections: int = bounded(4096, least=1, most=1 << 20)
+    default_timeout_s: float = bounded(600.0, least=0.1, most=86400)
     """Deadline of a request that names none."""
-    heartbeat_s: float = 10.0
+    heartbeat_s: float = bounded(10.0, least=0.1, most=3600)
     """A comment line on a silent stream; bounds how late a vanished client is noticed."""
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: float = bounded(30.0, least=0, most=86400)
     """How long a shutdown waits for running requests."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOptions:
     """One application: its models and its gateway. Where it runs (Ray or local processes) is not its business."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
     models: tuple[ModelOptions, ...]
     gateway: GatewayOptions = field(default_factory=GatewayOptions)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models is empty; name at least one model")
+        names = [name for model in self.models for name in (model.served_model_name or (model.name,))]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models answer to {name!r}; give one of them another served_model_name")
