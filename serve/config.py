@@ -8,7 +8,8 @@
       port: 8000
 
 Keys are the field names of `serve/options.py`. A key that does not exist, a value of another type or out of bounds is
-refused with the key's path, the value and what to do. Values are taken strictly: `"80"` is no number and `1` no boolean.
+refused with the key's path, the value and what to do. Values are taken strictly: `"80"` is no number, `1` no
+boolean.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class TandemError(Exception):
 
 
 class InvalidRequest(TandemError):
-    """The request can never succeed as it is: a value out of range, an unknown field, a token outside the vocabulary."""
+    """The request can never succeed as it is: a value out of range, an unknown field, an unknown token."""
 
     code = "invalid_request"
 

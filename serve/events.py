@@ -1,4 +1,4 @@
-"""What a backend answers: frozen, plain values. A request's stream is lists of events, ended by one `Finished` per choice.
+"""What a backend answers: frozen, plain values. A stream is lists of events, ended by one `Finished` per choice.
 
 Ids only: the gateway makes text of them.
 """

@@ -1,0 +1,247 @@
+"""The command `tandem`: `serve` starts models and their gateway, `check` reads a config file and says what it holds.
+
+Flags are the fields of `serve/options.py`, so each option is written once; their help is the fields' own docstring.
+Heavy imports (Ray, torch) happen in the processes that need them, never here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from serve.application import Application
+from serve.config import load_config
+from serve.errors import ConfigError, TandemError
+from serve.logs import configure_logging
+from serve.options import GatewayOptions, ModelOptions, ServeOptions
+from serve.request import ModelCard
+
+DEFAULT_MODELS = ("tandem-text",)
+"""What `tandem serve` serves when nothing is named: the models that ship with the package."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `tandem` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by force."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ConfigError as error:
+        raise SystemExit(f"tandem: {error.message}") from None
+    except TandemError as error:
+        raise SystemExit(f"tandem: {error.message}") from None
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    options = _options(arguments)
+    configure_logging()
+    if arguments.no_ray and arguments.ray_address:
+        raise ConfigError("--no-ray and --ray-address exclude each other; give one of them")
+    asyncio.run(_run(options, arguments))
+
+
+async def _run(options: ServeOptions, arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    application = _application(options, arguments)
+    stop = _stop_on_signals(application)
+    starting = asyncio.create_task(application.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError, TandemError):
+            await starting
+        application.kill()
+        return
+    try:
+        url = starting.result()
+    except BaseException:
+        application.kill()
+        raise
+    _announce(url, application.cards(), time.monotonic() - began)
+    failing = asyncio.create_task(application.failed())
+    await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+    if failing.done() and not stop.is_set():
+        application.kill()
+        raise TandemError(failing.result())
+    failing.cancel()
+    _say(f"stopping: running requests have {options.gateway.drain_timeout_s:g} s to end; stop again to exit now")
+    await application.drain(options.gateway.drain_timeout_s)
+    _say("stopped")
+
+
+def _application(options: ServeOptions, arguments: argparse.Namespace) -> Application:
+    if arguments.no_ray:
+        from serve.local import LocalApplication
+
+        return LocalApplication(options)
+    from serve.deployments.run import RayApplication
+
+    return RayApplication(options, ray_address=arguments.ray_address)
+
+
+def _stop_on_signals(application: Application) -> asyncio.Event:
+    """The first SIGTERM or Ctrl-C sets the event; the second ends everything at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            application.kill()
+            sys.stderr.flush()
+            raise SystemExit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _announce(url: str, cards: list[ModelCard], seconds: float) -> None:
+    _say(f"tandem {_version()} ready in {seconds:.1f} s")
+    for card in cards:
+        _say(
+            f"  {card.name}  {card.kind}, {card.num_parameters / 1e6:.1f} M parameters, {card.device} {card.dtype}, "
+            f"{card.threads} threads, context {card.max_model_len} tokens, KV cache {card.kv_cache_tokens} tokens"
+        )
+    _say(f"  chat in the browser  {url}/")
+    _say(f"  OpenAI API           {url}/v1")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    options = load_config(arguments.file)
+    print(f"{arguments.file}: valid, {len(options.models)} models")
+    for model in options.models:
+        print(f"  {model.name}: {model.model}, {model.num_replicas} replicas")
+
+
+def _options(arguments: argparse.Namespace) -> ServeOptions:
+    """Flags, or the config file with the gateway's flags on top. Raises ConfigError."""
+    model_flags, gateway_flags = _given(arguments, ModelOptions), _given(arguments, GatewayOptions)
+    if arguments.config is None:
+        return _build(arguments.models or DEFAULT_MODELS, model_flags, gateway_flags)
+    if arguments.models or model_flags:
+        first = arguments.models[0] if arguments.models else _flag(next(iter(model_flags)))
+        raise ConfigError(f"{first!r} and --config exclude each other; write the model and its options into the file")
+    options = load_config(arguments.config)
+    try:
+        return dataclasses.replace(options, gateway=dataclasses.replace(options.gateway, **gateway_flags))
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+def _build(models: Sequence[str], model_flags: dict[str, Any], gateway_flags: dict[str, Any]) -> ServeOptions:
+    if len(models) > 1 and "served_model_name" in model_flags:
+        raise ConfigError("--served-model-name names one model; use --config to name several")
+    try:
+        return ServeOptions(
+            models=tuple(ModelOptions(model=model, **model_flags) for model in models),
+            gateway=GatewayOptions(**gateway_flags),
+        )
+    except ValueError as error:
+        first, _, rest = str(error).partition(" ")
+        raise ConfigError(
+            f"{_flag(first)} {rest}" if first in {**model_flags, **gateway_flags} else str(error)
+        ) from None
+
+
+def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    names = {spec.name for spec in dataclasses.fields(options)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in names and name != "model"
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tandem", description="Serve text and image models over the OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"tandem {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start models and their gateway", description=inspect.getdoc(_serve_help))
+    serve.set_defaults(run=_serve)
+    serve.add_argument("models", nargs="*", metavar="MODEL", help="folder, hub id, or the name of an embedded model")
+    serve.add_argument("--config", metavar="FILE", help="YAML file with any number of models")
+    serve.add_argument("--no-ray", action="store_true", help="run as processes of this machine, without Ray")
+    serve.add_argument("--ray-address", metavar="ADDRESS", help="join this Ray cluster instead of an embedded one")
+    for title, options in (("model options", ModelOptions), ("gateway options", GatewayOptions)):
+        group = serve.add_argument_group(title)
+        for spec in dataclasses.fields(options):
+            if spec.name != "model":
+                _add_flag(group, options, spec)
+
+    check = commands.add_parser("check", help="read a config file and report what is wrong with it")
+    check.set_defaults(run=_check)
+    check.add_argument("file", metavar="FILE")
+    return parser
+
+
+def _serve_help() -> None:
+    """Start MODEL ... (default: the embedded models) behind one OpenAI-compatible gateway, on Ray Serve."""
+
+
+def _add_flag(group: Any, options: type, spec: dataclasses.Field[Any]) -> None:
+    """One flag from one field. Absent flags leave no trace, so that defaults stay in `options.py` alone."""
+    hint = typing.get_type_hints(options)[spec.name]
+    parts = [part for part in typing.get_args(hint) if part is not types.NoneType] if _is_union(hint) else [hint]
+    kind: Any = parts[0]
+    text = _docs(options).get(spec.name, "").replace("%", "%%")
+    keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": spec.name}
+    if kind is bool:
+        keywords["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(kind) is typing.Literal:
+        keywords["choices"] = typing.get_args(kind)
+    elif typing.get_origin(kind) is tuple:
+        keywords.update(nargs="+", metavar="NAME")
+    else:
+        keywords.update(type=kind, metavar="N" if kind in (int, float) else "TEXT")
+    group.add_argument(_flag(spec.name), **keywords)
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+def _docs(options: type) -> dict[str, str]:
+    """The docstrings below an options class's fields, on one line each."""
+    body = ast.parse(inspect.getsource(options)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+        and isinstance(doc.value.value, str)
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _version() -> str:
+    try:
+        return version("tandem-serve")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""One application as processes of this machine, without Ray: the same replicas and gateways, and the same channel.
+
+    this process: hub + supervisor ──stdin/stdout── replica 0 … N      (one engine each)
+                                   ──stdin/stdout── gateway 0 … M      (one HTTP server each)
+                                          replica ══ unix socket ══ gateway
+
+A child that dies is started again, with a growing pause while it keeps dying; one that cannot even start the first time
+ends the application with its reason. Children are sessions of their own, so a terminal's Ctrl-C reaches only this
+process, which then drains them in order: gateways first, replicas after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from pathlib import Path
+
+import msgspec
+
+from serve.errors import ConfigError, EngineDead, TandemError, by_code
+from serve.hub import Hub
+from serve.options import ModelOptions, ServeOptions
+from serve.process import Report, Spec
+from serve.request import ModelCard
+
+log = logging.getLogger("tandem.local")
+
+RESTART_PAUSE_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+"""Pause before the n-th restart in a row; a child that lived `STABLE_S` starts the row anew."""
+STABLE_S = 60.0
+EXIT_MARGIN_S = 5.0
+"""How much longer than the drain time a child gets before it is killed."""
+
+_ROOT = Path(__file__).resolve().parent.parent
+_BOOT = "import sys; sys.path.insert(0, {root!r}); from serve.process import main; main()"
+
+
+class _Child:
+    """One child process and the task that keeps it alive."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.process: Process | None = None
+        self.started: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self.report: Report | None = None
+        self.is_stopping = False
+
+    async def supervise(self) -> None:
+        """Run the process, again and again, until it is told to stop or cannot start the first time."""
+        loop, failures = asyncio.get_running_loop(), 0
+        while not self.is_stopping:
+            born = loop.time()
+            report = await self._run_once()
+            if self.is_stopping:
+                return
+            if not self.started.done():
+                self.started.set_result(report)
+                return
+            failures = 1 if loop.time() - born > STABLE_S else failures + 1
+            pause = RESTART_PAUSE_S[min(failures, len(RESTART_PAUSE_S)) - 1]
+            log.error("process ended id=%s restart_in_s=%s reason=%r", self.spec.process_id, pause, report.message)
+            await asyncio.sleep(pause)
+
+    async def _run_once(self) -> Report:
+        """Start the process, pass on its first report, return when it has ended."""
+        # -P and the explicit root: a child imports the files this process runs, whatever lies in the working directory.
+        boot = _BOOT.format(root=str(_ROOT))
+        self.process = process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-c", boot, stdin=PIPE, stdout=PIPE, start_new_session=True
+        )
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(msgspec.json.encode(self.spec) + b"\n")
+        last = Report(
+            event="failed", code=EngineDead.code, message="the process ended without a word; see its log above"
+        )
+        with contextlib.suppress(ConnectionError):
+            await process.stdin.drain()
+        while line := await process.stdout.readline():
+            last = msgspec.json.decode(line, type=Report)
+            if last.event == "ready":
+                self.report = last
+                log.info("process ready id=%s pid=%s", self.spec.process_id, process.pid)
+                if not self.started.done():
+                    self.started.set_result(last)
+        code = await process.wait()
+        return last if last.event == "failed" else dataclasses.replace(last, message=f"exit status {code}")
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask the process to drain and end; kill it when it does not."""
+        self.is_stopping = True
+        if self.process is None or self.process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            await asyncio.wait_for(self.process.wait(), timeout_s)
+        except TimeoutError:
+            log.error("process killed id=%s after_s=%s", self.spec.process_id, timeout_s)
+            self.kill()
+
+    def kill(self) -> None:
+        self.is_stopping = True
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class LocalApplication:
+    """An `Application` of child processes. See the module's drawing."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._options = options
+        self._directory = Path(tempfile.mkdtemp(prefix="tandem-"))  # 0700; also bounds the socket paths' length
+        self._secret = secrets.token_bytes(32)
+        self._hub = Hub(self._secret)
+        self._replicas: list[_Child] = []
+        self._gateways: list[_Child] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> str:
+        hub_address = await self._hub.start(f"unix:{self._directory}/hub")
+        for index, model in enumerate(self._options.models):
+            model = dataclasses.replace(model, threads=model.threads or self._default_threads())
+            for number in range(model.num_replicas):
+                self._replicas.append(self._child(f"replica-{index}-{number}", hub_address, model=model))
+        # Gateways start beside the replicas: they import while weights load, and are ready when the models are.
+        first = self._child("gateway-0", hub_address)
+        self._gateways.append(first)
+        url = (await self._first_report(first)).url
+        if self._options.gateway.num_gateways > 1:
+            port = int(url.rsplit(":", 1)[1])
+            for number in range(1, self._options.gateway.num_gateways):
+                self._gateways.append(self._child(f"gateway-{number}", hub_address, port=port))
+        for child in [*self._replicas, *self._gateways]:
+            await self._first_report(child)
+        return url
+
+    def cards(self) -> list[ModelCard]:
+        cards: dict[str, ModelCard] = {}
+        for child in self._replicas:
+            if child.report is not None and child.report.card is not None:
+                cards.setdefault(child.report.card.name, child.report.card)
+        return list(cards.values())
+
+    async def failed(self) -> str:
+        """Children are restarted for ever, so this returns only when a supervising task itself ends."""
+        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        return "a supervised process could not be restarted; see the log above"
+
+    async def drain(self, timeout_s: float) -> None:
+        for children in (self._gateways, self._replicas):
+            await asyncio.gather(*(child.stop(timeout_s + EXIT_MARGIN_S) for child in children))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hub.aclose()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        for child in [*self._gateways, *self._replicas]:
+            child.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _child(
+        self, name: str, hub_address: str, *, model: ModelOptions | None = None, port: int | None = None
+    ) -> _Child:
+        gateway = self._options.gateway
+        spec = Spec(
+            process_id=name,
+            secret=base64.b64encode(self._secret).decode(),
+            hub_address=hub_address,
+            address=f"unix:{self._directory}/{name}",
+            model=model,
+            gateway=None if model else dataclasses.replace(gateway, port=gateway.port if port is None else port),
+            drain_timeout_s=gateway.drain_timeout_s,
+        )
+        child = _Child(spec)
+        self._tasks.append(asyncio.create_task(child.supervise(), name=name))
+        return child
+
+    def _default_threads(self) -> int:
+        """This machine's cores, shared between the replicas: more compute threads than cores wait for each other."""
+        replicas = sum(model.num_replicas for model in self._options.models)
+        return max(1, len(os.sched_getaffinity(0)) // replicas)
+
+    async def _first_report(self, child: _Child) -> Report:
+        """Wait for a child's first report, or for the failure of any other child. Raises what it failed with."""
+        waiting = {other.started for other in [*self._replicas, *self._gateways] if not other.started.done()}
+        while not child.started.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                _raise_failure(future.result())
+        report = child.started.result()
+        _raise_failure(report)
+        return report
+
+
+def _raise_failure(report: Report) -> None:
+    if report.event == "failed":
+        error = by_code(report.code, report.message)
+        raise error if isinstance(error, ConfigError) else TandemError(f"start-up failed: {report.message}")

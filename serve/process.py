@@ -1,0 +1,122 @@
+"""A child process of the local application: one replica or one gateway.
+
+The parent writes a `Spec` as one JSON line to the child's standard input and keeps it open: when it closes, the parent
+is gone and the child ends at once. The child answers with JSON lines on standard output: `ready` or `failed`. SIGTERM
+drains. Everything else (logs, progress bars) goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from serve.errors import TandemError
+from serve.logs import configure_logging
+from serve.options import GatewayOptions, ModelOptions
+from serve.request import ModelCard
+
+log = logging.getLogger("tandem.process")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What a child is told: exactly one of `model` and `gateway` is given."""
+
+    process_id: str
+    secret: str
+    """Base64. Passed here, never on a command line or in the environment."""
+    hub_address: str
+    address: str
+    """Where a replica listens."""
+    model: ModelOptions | None = None
+    gateway: GatewayOptions | None = None
+    drain_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a child says: `event` is "ready" or "failed"."""
+
+    event: str
+    url: str = ""
+    card: ModelCard | None = None
+    code: str = ""
+    message: str = ""
+
+
+class _Part(Protocol):
+    async def drain(self, timeout_s: float) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+def main() -> None:
+    """Run what standard input asks for, until SIGTERM or the parent's end."""
+    spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=Spec)
+    configure_logging()
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    try:
+        asyncio.run(_run(spec))
+    except TandemError as error:
+        _report(Report(event="failed", code=error.code, message=error.message))
+        raise SystemExit(1) from None
+    except Exception as error:
+        log.exception("process failed id=%s", spec.process_id)
+        _report(Report(event="failed", code="internal_error", message=f"{type(error).__name__}: {error}"))
+        raise SystemExit(1) from None
+
+
+async def _run(spec: Spec) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    starting = asyncio.create_task(_start(spec))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        os._exit(0)  # told to stop while loading: nothing was accepted, nothing is lost
+    part, report = starting.result()
+    _report(report)
+    await stopping
+    await part.drain(spec.drain_timeout_s)
+    await part.aclose()
+
+
+async def _start(spec: Spec) -> tuple[_Part, Report]:
+    secret = base64.b64decode(spec.secret)
+    if spec.model is not None:
+        from serve.replica import Replica
+
+        replica = Replica(
+            spec.model,
+            replica_id=spec.process_id,
+            secret=secret,
+            hub_address=spec.hub_address,
+            address=spec.address,
+        )
+        await replica.start()
+        return replica, Report(event="ready", card=replica.card)
+    assert spec.gateway is not None
+    from serve.gateway.gateway import Gateway
+
+    gateway = Gateway(spec.gateway, gateway_id=spec.process_id, secret=secret, hub_address=spec.hub_address)
+    url = await gateway.start()
+    return gateway, Report(event="ready", url=url)
+
+
+def _report(report: Report) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(0)
