@@ -38,6 +38,9 @@ class TokenDelta:
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int | None = None
+    """Prompt tokens found in the prefix cache; told with the choice's first tokens only. A caller that cancels (a stop
+    string) never sees `Finished` and still owes its client the usage."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,8 @@ class GatewayOptions:
     """To receive a request's head."""
     body_timeout_s: float = bounded(30.0, least=0.1, most=3600)
     """To receive a request's body."""
+    write_timeout_s: float = bounded(60.0, least=0.1, most=3600)
+    """For a client to read what it was sent once its buffer (64 KiB here) is full; then the connection is cut."""
     keep_alive_s: float = bounded(75.0, least=0.1, most=3600)
     max_connections: int = bounded(4096, least=1, most=1 << 20)
     default_timeout_s: float = bounded(600.0, least=0.1, most=86400)
