@@ -15,6 +15,9 @@ Steps may overlap (`Engine` depth): `schedule` can be called again before the pr
 settled exactly once, by `update` or by `abandon`, in the order of scheduling. Resources that a batch in flight may
 still write are freed only when that batch is settled. A job that was removed or preempted meanwhile gets nothing
 from it: every batch remembers the epoch of its jobs, stale outputs are dropped.
+
+A batch that fails (its `submit` or `collect` raised) is abandoned. Its jobs stay with the scheduler and are tried again
+alone, one after the other, with nothing else in flight; who fails alone is removed, who yields an output is cleared.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ class Scheduler(Protocol[J, B, O_contra]):
         ...
 
     def add(self, job: J) -> None:
-        """Take a new job, or one whose batch was abandoned and which is tried again."""
+        """Take a new job. `job.arrival` is set."""
         ...
 
     def remove(self, job: J) -> None:
@@ -74,18 +77,31 @@ class Scheduler(Protocol[J, B, O_contra]):
         ...
 
     def schedule(self, only: J | None = None) -> B | None:
-        """The next batch, or None when nothing can be computed now. `only`: a batch with that job alone."""
+        """The next batch, never an empty one, or None when nothing can be computed before one in flight is settled.
+
+        `only`: a batch with that job alone, whoever else is waiting or running; asked for when nothing is in flight,
+        and always possible then (others are preempted if their resources are needed).
+        """
         ...
 
     def update(self, batch: B, output: O_contra) -> Iterable[Update[J]]:
-        """Settle a computed batch. A finished job is removed by the scheduler itself."""
+        """Settle a computed batch: what it means for its jobs, stale ones left out.
+
+        A finished job has been removed when its update is given. An update without output and finish may be left out.
+        """
         ...
 
     def abandon(self, batch: B) -> None:
-        """Settle a batch that failed: its jobs lose what it would have computed and wait to be computed again."""
+        """Settle a batch that failed: its jobs lose what it would have computed and are scheduled for it again.
+
+        Raises the epoch of those for whom the batch was not stale yet, so that later batches in flight, which may build
+        on its outputs, give them nothing.
+        """
         ...
 
-    def load(self) -> Load: ...
+    def load(self) -> Load:
+        """Called after every step: O(1), from counters."""
+        ...
 
 
 class Runner(Protocol[B_contra, O_co]):
@@ -100,7 +116,7 @@ class Runner(Protocol[B_contra, O_co]):
         ...
 
     def release(self, job_id: str) -> None:
-        """Drop tensors kept for this job, if any."""
+        """Drop tensors kept for this job, if any. Called once per job, when no batch in flight contains it."""
         ...
 
     def check(self) -> None:
@@ -126,6 +142,14 @@ class StepStats:
 class Observer(Protocol):
     """Receives what happened, on the engine thread. Must be quick; its failure never fails a job."""
 
-    def on_step(self, stats: StepStats) -> None: ...
+    def on_step(self, stats: StepStats) -> None:
+        """A batch was settled."""
+        ...
 
-    def on_finish(self, job: Job) -> None: ...
+    def on_finish(self, job: Job) -> None:
+        """A job ended, whatever its `finish_reason`."""
+        ...
+
+    def on_load(self, load: Load) -> None:
+        """The load has changed, by a batch or without one (a cancelled job, a new arrival)."""
+        ...

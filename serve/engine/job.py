@@ -21,6 +21,7 @@ class Job:
     """Identity, urgency and life cycle. Mutable, lives in one engine and never leaves it. Times are the engine's clock."""
 
     id: str
+    """Unique in its engine and never used again."""
     priority: int = 0
     """Larger is more urgent."""
     timeout_s: float | None = None
