@@ -1,4 +1,4 @@
-"""What the runner asks of a language model: one forward over the flat tokens of a step, and logits where they are wanted.
+"""What the runner asks of a language model: one forward over the flat tokens of a step, and logits where wanted.
 
 Legend: T new tokens of the step, D hidden size, V vocabulary, R rows that want logits.
 """

@@ -1,0 +1,103 @@
+"""From a checkpoint folder to a model with weights: the native decoder where its family is known, `hf.py` otherwise.
+
+Native families need torch and safetensors only; transformers is imported when the first foreign architecture is met.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.text import llama, mistral, qwen2, qwen3
+from models.text.architecture import DenseArchitecture, read_eos
+from models.text.base import CausalLM
+from models.text.decoder import Decoder
+from models.weights import Progress, fill_dummy, load_weights
+
+NATIVE: dict[str, Callable[[dict[str, Any]], DenseArchitecture]] = {
+    "LlamaForCausalLM": llama.read,
+    "MistralForCausalLM": mistral.read,
+    "Qwen2ForCausalLM": qwen2.read,
+    "Qwen3ForCausalLM": qwen3.read,
+}
+
+
+class ModelError(ValueError):
+    """The checkpoint is not one this package can compute; the message says what it is and what would work."""
+
+
+def load_text_model(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    load_format: str = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """The language model in `folder`, ready to compute on `device`.
+
+    `dtype` None: as stored. `load_format` "dummy": random weights. `max_model_len`: positions that will be
+    served, where fewer than the model was made for (a smaller table of positions; LongRoPE chooses its factors by it).
+    Raises ModelError or WeightsError.
+    """
+    config = read_config(folder)
+    read = NATIVE.get(architecture_name(config))
+    if read is None:
+        raise ModelError(f"{folder} is a {architecture_name(config)}; known are {', '.join(NATIVE)}")
+    try:
+        architecture = read(config)
+    except KeyError as error:
+        raise ModelError(f"{folder / 'config.json'} lacks {error}") from error
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from error
+    longest = architecture.spec.max_positions
+    model = Decoder(
+        architecture,
+        dtype=dtype or architecture.spec.dtype,
+        device=device,
+        num_positions=min(max_model_len or longest, longest),
+    )
+    if load_format == "dummy":
+        fill_dummy(model.parameters(), progress=progress)
+    else:
+        load_weights(folder, model.parameters(), unused=model.unused_names, progress=progress)
+    model.finish()
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, its end-of-sequence ids joined by those of `generation_config.json`. Raises ModelError."""
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{folder} has no config.json; give the folder of a model in Hugging Face layout")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{folder} is quantized ({method}), which is not computed here; use the unquantized model")
+    generation = _read_json(folder / "generation_config.json") or {}
+    ids = dict.fromkeys((*read_eos(config), *read_eos(generation)))
+    return {**config, "eos_token_id": list(ids)}
+
+
+def architecture_name(config: dict[str, Any]) -> str:
+    """The class name checkpoints are known by."""
+    names = config.get("architectures")
+    if not names:
+        raise ModelError(f"config.json names no architectures (model_type {config.get('model_type')!r})")
+    return str(names[0])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return value
