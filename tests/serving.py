@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -65,12 +65,16 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    *arguments: str, cwd: Path | None = None, timeout_s: float = 120.0, **environment: str
+    *arguments: str,
+    cwd: Path | None = None,
+    timeout_s: float = 120.0,
+    command: Sequence[str] | None = None,
+    **environment: str,
 ) -> Iterator[Serving]:
-    """`tandem serve ARGUMENTS --port 0` until the block ends. Standard error is merged into the lines."""
-    code = f"import sys; sys.path.insert(0, {str(_package_root())!r}); from serve.cli import main; main()"
+    """`tandem serve ARGUMENTS` on a free port until the block ends. Standard error is merged into the lines."""
+    port = () if "--port" in arguments else ("--port", "0")
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "serve", *(() if "--port" in arguments else ("--port", "0")), *arguments],
+        [*(command or _command()), "serve", *port, *arguments],
         cwd=cwd or ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment},
         stdout=subprocess.PIPE,
@@ -91,6 +95,15 @@ def serving(
                 process.wait()
 
 
+def _command() -> list[str]:
+    """The `tandem` command of the package under test: the installed one, or this checkout."""
+    import serve
+
+    root = Path(next(iter(serve.__path__))).resolve().parent
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from serve.cli import main; main()"
+    return [sys.executable, "-P", "-c", code]
+
+
 def eventually(condition, *, within_s: float = 10.0, every_s: float = 0.05):
     """Poll until `condition()` is true and return its value; fail when it is not within the time."""
     until = time.monotonic() + within_s
@@ -98,10 +111,3 @@ def eventually(condition, *, within_s: float = 10.0, every_s: float = 0.05):
         assert time.monotonic() < until, f"not within {within_s} s"
         time.sleep(every_s)
     return value
-
-
-def _package_root() -> Path:
-    """Where the package under test is imported from: the installed one, or this checkout."""
-    import serve
-
-    return Path(next(iter(serve.__path__))).resolve().parent
