@@ -1,0 +1,274 @@
+"""Chooses the next token of every row from its logits. Stateless: what a row draws depends on its own request alone.
+
+Each row goes logit bias → minimum length → penalties → temperature → min-p → top-k → top-p → Gumbel-max. A row pays
+only for what its request asks: a batch of plain greedy rows is one argmax. A filter is a threshold on the scores, and
+scores equal to the threshold all stay: which of two equal tokens a sort puts first can then not change the outcome.
+(Logits of bfloat16 models are often equal.)
+
+On CPU rows are worked on a few at a time, so that the dozen passes over them stay in the core's cache.
+
+Legend: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+from serve.errors import RequestFailed
+from serve.request import SamplingParams
+from serve.text.gumbel import GumbelNoise, row_key
+from serve.text.logprobs import Scores, score
+from serve.text.sequence import PENDING, Row, Sequence
+
+_CPU_BLOCK = 1 << 16
+"""Elements worked on at once on CPU: 256 KiB of float32, and as much again for the noise, fit a core's L2 cache."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the rows of one step drew, on the device."""
+
+    token_ids_R: torch.Tensor
+    finite_R: torch.Tensor
+    """Whether the row's logits were sane: a maximum that is neither NaN nor infinite."""
+    scored: list[int]
+    """Rows that asked for log-probabilities, in the order of `scores`."""
+    scores: Scores | None
+
+
+@dataclass(slots=True)
+class _Recipe:
+    """What one job asks of the sampler, looked up once. `history` repeats its token ids in a form torch can read."""
+
+    params: SamplingParams
+    is_plain: bool
+    """Greedy over the raw logits, always."""
+    end_ids: tuple[int, ...]
+    """Not to be chosen before `min_tokens`."""
+    history: array[int] = field(default_factory=lambda: array("q"))
+
+    def is_plain_at(self, num_output: int) -> bool:
+        return self.is_plain and num_output >= self.params.min_tokens
+
+
+class Sampler:
+    """One per runner. Keeps nothing that a result depends on; `forget` drops what it looked up for a job."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Seq[int], device: torch.device):
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._device = device
+        self._noise = GumbelNoise(vocab_size, device)
+        self._recipes: dict[str, _Recipe] = {}
+        is_cpu = device.type == "cpu"
+        self._rows_at_once = max(1, _CPU_BLOCK // vocab_size) if is_cpu else 1 << 30
+
+    def sample(self, logits_RV: torch.Tensor, rows: Seq[Row], pending_R: torch.Tensor | None = None) -> Sampled:
+        """Choose a token for each of `rows` (all sample). `logits_RV` is float32 and stays as it is.
+
+        `pending_R`: each row's newest input token, needed where it is PENDING and penalties count it.
+        """
+        recipes = [self._recipe(row.job) for row in rows]
+        finite_R = logits_RV.amax(-1).isfinite()
+        special = [
+            i
+            for i, (row, recipe) in enumerate(zip(rows, recipes))
+            if not recipe.is_plain_at(row.sample_position - row.job.num_prompt)
+        ]
+        if len(special) == len(rows):
+            token_ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        else:
+            token_ids_R = _argmax(logits_RV)
+        for at in range(0, len(special), self._rows_at_once):
+            block = special[at : at + self._rows_at_once]
+            index = torch.tensor(block, device=self._device)
+            scores_RV = self._process(
+                logits_RV[index],
+                [rows[i] for i in block],
+                [recipes[i] for i in block],
+                None if pending_R is None else pending_R[index],
+            )
+            token_ids_R[index] = _argmax(scores_RV)
+
+        scored = [i for i, recipe in enumerate(recipes) if recipe.params.logprobs is not None]
+        if not scored:
+            return Sampled(token_ids_R, finite_R, scored, None)
+        num_top = max(recipes[i].params.logprobs or 0 for i in scored)
+        index = torch.tensor(scored, device=self._device)
+        return Sampled(token_ids_R, finite_R, scored, score(logits_RV[index], token_ids_R[index], num_top))
+
+    def forget(self, job_id: str) -> None:
+        self._recipes.pop(job_id, None)
+
+    def processed(self, logits_RV: torch.Tensor, rows: Seq[Row], pending_R: torch.Tensor | None = None) -> torch.Tensor:
+        """The scores from which `sample` draws (before the noise): their softmax is the distribution of the draw."""
+        return self._shape(logits_RV.clone(), rows, [self._recipe(row.job) for row in rows], pending_R)
+
+    def _recipe(self, job: Sequence) -> _Recipe:
+        recipe = self._recipes.get(job.id)
+        if recipe is None or recipe.params is not job.sampling:
+            params = job.sampling
+            recipe = self._recipes[job.id] = _Recipe(
+                params=params,
+                is_plain=params.is_greedy and not params.needs_history and not params.logit_bias,
+                end_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids),
+            )
+        return recipe
+
+    def _process(
+        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores whose largest is the row's token; overwrites `scores_RV`."""
+        scores_RV = self._shape(scores_RV, rows, recipes, pending_R)
+        drawn = [i for i, recipe in enumerate(recipes) if not recipe.params.is_greedy]
+        keys = [row_key(recipes[i].params.seed, rows[i].sample_position) for i in drawn]
+        _on_rows_(scores_RV, drawn, lambda part: self._noise.perturb_(part, keys))
+        return scores_RV
+
+    def _shape(
+        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        params = [recipe.params for recipe in recipes]
+        self._bias_(scores_RV, rows, recipes)
+        if any(p.needs_history for p in params):
+            self._penalise_(scores_RV, rows, recipes, pending_R)
+        tempered = [i for i, p in enumerate(params) if p.temperature not in (0.0, 1.0)]
+        temperatures = [params[i].temperature for i in tempered]
+        # The maximum is taken off first, so that a tiny temperature cannot overflow.
+        _on_rows_(
+            scores_RV,
+            tempered,
+            lambda part: part.sub_(part.amax(-1, keepdim=True)).div_(self._column(temperatures)),
+        )
+        self._filter_(scores_RV, params)
+        return scores_RV
+
+    def _bias_(self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe]) -> None:
+        """Add the requests' biases and mask end tokens that come too early."""
+        at: list[int] = []
+        ids: list[int] = []
+        values: list[float] = []
+        for i, (row, recipe) in enumerate(zip(rows, recipes)):
+            params = recipe.params
+            for token_id, bias in params.logit_bias:
+                at.append(i)
+                ids.append(token_id)
+                values.append(bias)
+            if row.sample_position - row.job.num_prompt < params.min_tokens:
+                at += [i] * len(recipe.end_ids)
+                ids += recipe.end_ids
+                values += [-math.inf] * len(recipe.end_ids)
+        if at:
+            where = torch.tensor([at, ids], device=self._device)
+            scores_RV.index_put_((where[0], where[1]), self._column(values)[:, 0], accumulate=True)
+
+    def _penalise_(
+        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+    ) -> None:
+        """Repetition penalty over prompt and output; presence and frequency penalties over the output."""
+        for i, (row, recipe) in enumerate(zip(rows, recipes)):
+            params = recipe.params
+            if not params.needs_history:
+                continue
+            history = recipe.history
+            history.extend(row.job.token_ids[len(history) : row.sample_position])
+            seen = torch.frombuffer(history, dtype=torch.int64).to(self._device, copy=True)
+            if row.token_ids[-1] == PENDING:
+                assert pending_R is not None
+                seen = torch.cat([seen, pending_R[i : i + 1]])
+            scores_V = scores_RV[i]
+            if params.repetition_penalty != 1.0:
+                old = scores_V[seen]
+                penalty = params.repetition_penalty
+                scores_V[seen] = torch.where(old > 0, old / penalty, old * penalty)
+            if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+                counts_V = torch.bincount(seen[row.job.num_prompt :], minlength=self._vocab_size)
+                scores_V.sub_(counts_V * params.frequency_penalty + (counts_V > 0) * params.presence_penalty)
+
+    def _filter_(self, scores_RV: torch.Tensor, params: Seq[SamplingParams]) -> None:
+        """Min-p, then top-k, then top-p: tokens that may not be drawn get -inf. Greedy rows need none of it."""
+        min_p = [i for i, p in enumerate(params) if p.min_p > 0.0 and not p.is_greedy]
+        margins = [math.log(params[i].min_p) for i in min_p]
+        _on_rows_(
+            scores_RV,
+            min_p,
+            lambda part: part.masked_fill_(part < part.amax(-1, keepdim=True) + self._column(margins), -math.inf),
+        )
+        top_k = [i for i, p in enumerate(params) if 0 < p.top_k < self._vocab_size and not p.is_greedy]
+        ks = [params[i].top_k for i in top_k]
+        _on_rows_(scores_RV, top_k, lambda part: _keep_top_k_(part, ks))
+        top_p = [i for i, p in enumerate(params) if p.top_p < 1.0 and not p.is_greedy]
+        if self._device.type == "cpu":
+            for i in top_p:
+                _keep_nucleus_(scores_RV[i], params[i].top_p)
+        else:
+            ps = [params[i].top_p for i in top_p]
+            _on_rows_(scores_RV, top_p, lambda part: _keep_nuclei_(part, self._column(ps)))
+
+    def _column(self, values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def require_finite(finite: Seq[bool], rows: Seq[Row]) -> None:
+    """Raise `RequestFailed` when a row's logits are nothing to choose from; the engine then tries the jobs alone."""
+    if not all(finite):
+        bad = [row.job.id for row, ok in zip(rows, finite) if not ok]
+        raise RequestFailed(
+            f"the model's logits contain NaN or infinity for {', '.join(bad)}; "
+            f"the checkpoint or its dtype is unfit for this input (try dtype float32)"
+        )
+
+
+def _argmax(scores_RV: torch.Tensor) -> torch.Tensor:
+    """The first of the largest, per row. numpy's on CPU: 0.08 ms against torch's 0.85 for 32 x 32000, one thread."""
+    if scores_RV.device.type == "cpu":
+        return torch.from_numpy(scores_RV.numpy().argmax(-1))
+    return scores_RV.argmax(-1)
+
+
+def _on_rows_(scores_RV: torch.Tensor, at: list[int], change_: Callable[[torch.Tensor], object]) -> None:
+    """Apply an in-place change to the rows `at`, and to them only: a row must not depend on what its mates ask."""
+    if len(at) == len(scores_RV):
+        change_(scores_RV)
+    elif at:
+        index = torch.tensor(at, device=scores_RV.device)
+        part = scores_RV[index]
+        change_(part)
+        scores_RV[index] = part
+
+
+def _keep_top_k_(scores_RV: torch.Tensor, ks: list[int]) -> None:
+    best_RK = scores_RV.topk(max(ks), dim=-1).values
+    last_R1 = torch.tensor(ks, device=scores_RV.device)[:, None] - 1
+    scores_RV.masked_fill_(scores_RV < best_RK.gather(1, last_R1), -math.inf)
+
+
+def _keep_nuclei_(scores_RV: torch.Tensor, top_p_R1: torch.Tensor) -> torch.Tensor:
+    """Mask what is outside the smallest set of tokens with probability `top_p` (Holtzman et al., 2020)."""
+    sorted_RV = scores_RV.sort(-1, descending=True).values
+    probs_RV = sorted_RV.softmax(-1)
+    mass_before_RV = probs_RV.cumsum(-1).sub_(probs_RV)
+    last_R1 = (mass_before_RV < top_p_R1).sum(-1, keepdim=True).sub_(1).clamp_(min=0)
+    return scores_RV.masked_fill_(scores_RV < sorted_RV.gather(1, last_R1), -math.inf)
+
+
+def _keep_nucleus_(scores_V: torch.Tensor, top_p: float) -> None:
+    """The same for one row without sorting all of it.
+
+    Tokens less likely than the best by a factor of V / (1 - top_p) hold together at most (1 - top_p) of the mass, so
+    the nucleus lies within the others: a few hundred of a trained model's, where a sort of 32000 takes 2.4 ms.
+    """
+    logprobs_V = scores_V.log_softmax(-1)
+    window = math.log(len(scores_V) / max(1.0 - top_p, 1e-7))
+    near = logprobs_V[logprobs_V >= logprobs_V.amax() - window].sort(descending=True).values
+    if not len(near):
+        return  # NaN: `Sampled.finite_R` says so
+    probs = near.exp()
+    kept = int((probs.cumsum(0).sub_(probs) < top_p).count_nonzero())
+    scores_V.masked_fill_(logprobs_V < near[max(kept - 1, 0)], -math.inf)
