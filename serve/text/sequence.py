@@ -40,9 +40,30 @@ class Sequence(Job):
     num_preemptions: int = 0
     stop_token_id: int | None = None
 
+    end_ids: frozenset[int] = frozenset()
+    """The tokens that end it: `stop_token_ids`, and the model's own end tokens unless `ignore_eos`. Set by `add`."""
+    prompt_scores: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    """Log-probabilities of the prompt's first tokens, as far as they are computed; the very first has none."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `token_ids`; computed once, kept over preemption."""
+    num_published: int = 0
+    """Leading blocks that the prefix cache knows about."""
+    last_step: int = -1
+    """The last step that may write its blocks: they are freed when that one is settled."""
+
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_to_compute(self) -> int:
+        """Positions to be computed in its life: the last token is delivered and never computed."""
+        return self.num_prompt + max(self.sampling.max_tokens - 1, 0)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing is left to do about the prompt's log-probabilities."""
+        return self.prompt_logprobs is None or len(self.prompt_scores) == self.num_prompt
 
     @property
     def output_ids(self) -> list[int]:
@@ -59,9 +80,10 @@ class Row:
     token_ids: list[int]
     """The new tokens to compute; the last may be PENDING."""
     start: int
-    """Position of the first of them: num_computed."""
+    """Position of the first of them."""
     block_table: list[int]
-    """Copied when a step may overlap the next one."""
+    """The sequence's own list, at least as long as this step needs. It may grow later, and what is there never changes:
+    a preempted sequence gets a new list. So nothing is copied."""
     samples: bool
     """Whether the last position's logits choose a token (the chunk reaches the end of what is known)."""
     sample_position: int
@@ -97,9 +119,9 @@ class TokenOutput:
     """For rows that score: entry i is about the token at position start + i + 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenUpdate:
-    """What a step gives one sequence: the `output` of an engine update."""
+    """What a step gives one sequence: the `output` of an engine update. Not frozen, which would triple its cost."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
