@@ -108,3 +108,5 @@ def _tree(cls: type[TandemError]) -> list[type[TandemError]]:
 
 
 _BY_CODE = {cls.code: cls for cls in _tree(TandemError)}
+CODES = tuple(_BY_CODE)
+"""Every code there is: the values of a metric's label."""
