@@ -1,0 +1,190 @@
+"""Text to token ids and back, from a model's own tokenizer files, with the `tokenizers` library alone.
+
+`TokenizerBundle` is the files as bytes: a replica sends it to each gateway, which therefore needs no model folder.
+`Tokenizer` gives the ids transformers' `AutoTokenizer` and `apply_chat_template` give, with one difference: text from
+users never becomes a control token. "<|im_end|>" in a prompt or message is encoded as those ten characters; only the
+chat template and the tokenizer's own post-processor (`<s>` in front) put control tokens into a prompt.
+
+All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+
+from serve.errors import ConfigError
+from serve.text import tokenizer_file
+from serve.text.chat_template import ChatTemplate
+from serve.text.detokenizer import Detokenizer, Spelling
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+)
+_MORE_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerBundle:
+    """The files of a model that `Tokenizer` reads: name → bytes."""
+
+    files: dict[str, bytes]
+
+    @classmethod
+    def from_folder(cls, path: Path, chat_template: Path | None = None) -> TokenizerBundle:
+        """Read the files of the model in `path`; `chat_template` is a jinja file to use instead of the model's own."""
+        if not (path / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"{str(path)!r} holds no tokenizer.json; write one with transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        for template in sorted((path / _MORE_TEMPLATES).glob("*.jinja")):
+            files[f"{_MORE_TEMPLATES}/{template.name}"] = template.read_bytes()
+        if chat_template is not None:
+            if not chat_template.is_file():
+                raise ConfigError(f"chat_template {str(chat_template)!r} is not a file")
+            files = {name: data for name, data in files.items() if not name.startswith(_MORE_TEMPLATES)}
+            files["chat_template.jinja"] = chat_template.read_bytes()
+        return cls(files)
+
+
+class Tokenizer:
+    """The tokenizer of one model. Raises `ConfigError` for files it cannot use."""
+
+    def __init__(self, bundle: TokenizerBundle) -> None:
+        if "tokenizer.json" not in bundle.files:
+            raise ConfigError("the tokenizer bundle holds no tokenizer.json")
+        spec, config = tokenizer_file.read(bundle.files)
+        named = {name: tokenizer_file.content(config.get(name)) for name in tokenizer_file.NAMED_TOKENS}
+        more = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+        added = {token["content"]: bool(token["special"]) for token in spec["added_tokens"]}
+        try:
+            self._template = ChatTemplate(
+                _templates(bundle.files, config),
+                special_tokens=more | {name: text for name, text in named.items() if text is not None},
+                added_tokens=added,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is not valid jinja2: {error} (line {error.lineno})") from error
+        self._secret = "".join(secrets.choice("0123456789") for _ in range(32))
+        self._tokenizer = _build(spec)
+        self._sealed = _build(tokenizer_file.seal(spec, self._template.control_tokens, self._rename))
+        self._check_ids(added)
+        self._spelling = Spelling(self._tokenizer, spec.get("decoder"))
+        ids = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in ids.items() if token.special)
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        """Tokens, added ones included. A model may have more rows: its padding."""
+        self.bos_token_id: int | None = self._id(named["bos_token"])
+        self.eos_token_id: int | None = self._id(named["eos_token"])
+        self.pad_token_id: int | None = self._id(named["pad_token"])
+        self.generation_config: Mapping[str, Any] = tokenizer_file.read_json(bundle.files, "generation_config.json")
+        """The model's own defaults for sampling, as its authors wrote them."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return not self._template.is_empty
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a user's text. `add_special_tokens` adds what the model's post-processor puts around a text."""
+        return list(self._sealed.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text. Raises `InvalidRequest`, with the template's own words where it refuses."""
+        render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
+        return self._template.plain(
+            render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt as ids. The template alone writes special tokens; none are added around it."""
+        render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
+        text = render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        text = self._template.own_tokens(text, self._rename)
+        return list(self._sealed.encode(text, add_special_tokens=False).ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for inside a text, possibly part of a character; none for an id that is no token."""
+        return self._spelling.of(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as text, with U+FFFD for parts of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """The text of one stream of ids, as it arrives."""
+        return Detokenizer(self._spelling, skip=self._special_ids if skip_special_tokens else ())
+
+    def _rename(self, control_token: str) -> str:
+        return self._secret + control_token
+
+    def _id(self, token: str | None) -> int | None:
+        token_id: int | None = self._tokenizer.token_to_id(token) if token is not None else None
+        return token_id
+
+    def _check_ids(self, added: Iterable[str]) -> None:
+        """Renamed tokens must have kept their ids; `tokenizers` numbers those outside the vocabulary by their order."""
+        controls = self._template.control_tokens
+        for token in added:
+            name = self._rename(token) if token in controls else token
+            if self._sealed.token_to_id(name) != self._tokenizer.token_to_id(token):
+                raise ConfigError(f"tokenizer.json gives the added token {token!r} no fixed id; save it again")
+
+
+def _build(spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ConfigError(f"tokenizer.json cannot be loaded: {error}") from error
+
+
+def _templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name, from wherever transformers writes them; own files win over the config."""
+    templates = {
+        Path(name).stem: data.decode() for name, data in files.items() if name.startswith(_MORE_TEMPLATES + "/")
+    }
+    if "chat_template.jinja" in files:
+        templates["default"] = files["chat_template.jinja"].decode()
+    if templates:
+        return templates
+    found = config.get("chat_template") or tokenizer_file.read_json(files, "chat_template.json").get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    if isinstance(found, list):
+        return {entry["name"]: entry["template"] for entry in found}
+    return {}
