@@ -18,7 +18,7 @@ class Status(IntEnum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """Identity, urgency and life cycle. Mutable, lives in one engine and never leaves it. Times are the engine's clock."""
+    """Identity, urgency and life cycle. Mutable, never leaves its engine. Times are the engine's clock."""
 
     id: str
     """Unique in its engine and never used again."""

@@ -1,4 +1,4 @@
-"""Jobs in the order of a policy. A policy is a key function: the smallest key comes first, equal keys in order of adding.
+"""Jobs in the order of a policy: a key function, whose smallest value comes first, equal ones in order of adding.
 
 A binary heap with lazy deletion: removing marks an entry dead, dead entries leave when they surface or when they
 outnumber the living. A key must not change while its job is queued; ageing is therefore written as a comparison of
@@ -16,7 +16,7 @@ from serve.engine.job import Job
 J = TypeVar("J", bound=Job)
 
 AGING_S = 10.0
-"""Seconds of waiting that weigh as much as one level of priority: long beside a step, short beside a client's patience."""
+"""Seconds of waiting that weigh as much as one level of priority: many steps, yet less than a client's patience."""
 
 
 def fcfs(job: Job) -> float:
