@@ -1,0 +1,251 @@
+"""Computes token batches: one model forward per step over all scheduled tokens, then one draw per sampling row.
+
+Owns the model, the attention backend, the cache tensors and the sampler; decides nothing. A step goes
+
+    rows → flat ids and positions → attention.plan → forward → logits where they are wanted → sampler → ids on the host
+
+On CPU `submit` computes and `collect` hands over. On CUDA `submit` queues everything, copies to pinned memory and an
+event included, and `collect` waits for the event. A token still unknown on the host (PENDING) is read from the previous
+step's output on the device, so that the next step can be queued before this one's tokens are known.
+
+Legend: T new tokens of the step, D hidden size, R rows that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
+from models.text.base import CausalLM, StepContext
+from serve.engine.interface import DeviceFault
+from serve.events import TokenLogprobs
+from serve.text.logprobs import Scores, score
+from serve.text.sampler import Sampled, Sampler, require_finite
+from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
+
+_SCORED_AT_ONCE = 1 << 24
+"""Logits held at once while a prompt is scored: 64 MiB of float32."""
+
+_CANARY_TOKENS = 4
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """Log-probabilities of one row's prompt tokens, in slices."""
+
+    row: int
+    num_top: int
+    slices: list[tuple[Scores, torch.Tensor]]
+    """With whether every logit row of the slice was finite."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A submitted step: results in host memory once `done` has happened."""
+
+    rows: list[Row]
+    sampling: list[Row]
+    token_ids_R: torch.Tensor
+    finite_R: torch.Tensor
+    scored: list[int]
+    scores: Scores | None
+    prompts: list[_PromptScores]
+    done: torch.cuda.Event | None
+
+
+class TokenRunner:
+    """A `Runner` over `TokenBatch`. One thread."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: AttentionBackend,
+        cache: KVCacheSpec,
+        *,
+        num_blocks: int,
+    ):
+        """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives."""
+        self.model = model
+        self.device = cache.device
+        self._attention = attention
+        self._kv_cache = attention.allocate(num_blocks + 1)
+        self._own_block = num_blocks
+        self._block_size = cache.block_size
+        self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
+        self._is_async = cache.device.type == "cuda"
+        self._previous: tuple[list[Row], torch.Tensor] | None = None
+        """Sampling rows of the last submitted step and their token ids on the device."""
+        self._canary_logits: torch.Tensor | None = None
+
+    # -- the contract ----------------------------------------------------------------------------------------------
+
+    def submit(self, batch: TokenBatch) -> _Flight:
+        try:
+            with torch.inference_mode():
+                return self._compute(batch.rows)
+        except torch.AcceleratorError as error:
+            raise DeviceFault(f"the device failed: {error}") from error
+
+    def collect(self, handle: _Flight) -> TokenOutput:
+        if handle.done is not None:
+            try:
+                handle.done.synchronize()
+            except (torch.AcceleratorError, RuntimeError) as error:
+                raise DeviceFault(f"the device failed: {error}") from error
+        return _output(handle)
+
+    def release(self, job_id: str) -> None:
+        self._sampler.forget(job_id)
+
+    def warm_up(self) -> None:
+        """Compute once what is slow the first time, and note what the canary must answer from now on."""
+        self._canary_logits = self._canary()
+        if not self._canary_logits.isfinite().all():
+            raise DeviceFault("the model's very first logits are not finite; its weights or its dtype are unfit")
+
+    def check(self) -> None:
+        """Compute the canary again. Rounding may differ with the load of the device, nothing else may."""
+        assert self._canary_logits is not None, "warm_up has not run"
+        try:
+            logits = self._canary()
+        except RuntimeError as error:
+            raise DeviceFault(f"the canary failed: {error}") from error
+        scale = float(self._canary_logits.abs().max())
+        if not torch.allclose(logits, self._canary_logits, rtol=0.0, atol=0.05 * scale):
+            raise DeviceFault("the canary's logits are not what they were at the start; the device computes wrongly")
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _compute(self, rows: list[Row]) -> _Flight:
+        ids: list[int] = []
+        positions: list[int] = []
+        num_new: list[int] = []
+        last: list[int] = []
+        for row in rows:
+            new, start = row.token_ids, row.start
+            if len(new) == 1:
+                ids.append(new[0])
+                positions.append(start)
+            else:
+                ids += new
+                positions += range(start, start + len(new))
+            num_new.append(len(new))
+            if row.samples:
+                last.append(len(ids) - 1)
+        sampling = [row for row in rows if row.samples] if len(last) < len(rows) else rows
+        num_tokens = len(ids)
+        pending = self._pending(ids, rows) if self._is_async else None
+
+        packed = self._to_device(ids + positions + last)
+        ids_T, positions_T, last_R = packed.split([num_tokens, num_tokens, len(last)])
+        if pending is not None:
+            ids_T[pending[0]] = pending[1]
+        layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
+        hidden_TD = self._forward(ids_T, positions_T, layout)
+
+        prompts = [self._score_prompt(i, rows, num_new, hidden_TD) for i, row in enumerate(rows) if row.scores_prompt]
+        if sampling:
+            hidden_RD = hidden_TD if len(last) == num_tokens else hidden_TD[last_R]
+            pending_R = ids_T[last_R] if pending is not None else None
+            sampled = self._sampler.sample(self.model.logits(hidden_RD), sampling, pending_R)
+        else:
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            sampled = Sampled(nothing, nothing.bool(), [], None)
+        self._previous = (sampling, sampled.token_ids_R)
+        return self._take_off(rows, sampling, sampled, prompts)
+
+    def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
+        return self.model.forward(ids_T, positions_T, context)
+
+    def _pending(self, ids: list[int], rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where PENDING stands in `ids`, and the tokens that belong there, on the device. None: nowhere."""
+        if PENDING not in ids:
+            return None
+        assert self._previous is not None
+        previous_rows, token_ids_R = self._previous
+        index = {row.job.id: i for i, row in enumerate(previous_rows)}
+        to, of, at = [], [], -1
+        for row in rows:
+            at += len(row.token_ids)
+            if row.token_ids[-1] == PENDING:
+                to.append(at)
+                of.append(index[row.job.id])
+                ids[at] = 0
+        to_P, of_P = self._to_device(to + of).split(len(to))
+        return to_P, token_ids_R[of_P]
+
+    def _score_prompt(self, at: int, rows: list[Row], num_new: list[int], hidden_TD: torch.Tensor) -> _PromptScores:
+        """The log-probability of each prompt token that follows one of this row's positions."""
+        row = rows[at]
+        assert row.job.prompt_logprobs is not None
+        known = row.job.token_ids[row.start + 1 : min(row.start + 1 + len(row.token_ids), row.job.num_prompt)]
+        first, num_top = sum(num_new[:at]), row.job.prompt_logprobs
+        size = max(1, _SCORED_AT_ONCE // self.model.spec.vocab_size)
+        scores = _PromptScores(at, num_top, [])
+        next_ids = self._to_device(known)
+        for start in range(0, len(known), size):
+            stop = min(start + size, len(known))
+            logits_RV = self.model.logits(hidden_TD[first + start : first + stop])
+            finite = logits_RV.amax(-1).isfinite().all()
+            scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), finite))
+        return scores
+
+    def _take_off(
+        self, rows: list[Row], sampling: list[Row], sampled: Sampled, prompts: list[_PromptScores]
+    ) -> _Flight:
+        """Start the copies to the host."""
+        scores = None if sampled.scores is None else sampled.scores.to_host()
+        token_ids_R, finite_R, done = sampled.token_ids_R, sampled.finite_R, None
+        if self._is_async:
+            token_ids_R, finite_R = _to_pinned(token_ids_R), _to_pinned(finite_R)
+            for prompt in prompts:
+                prompt.slices = [(part.to_host(), _to_pinned(finite)) for part, finite in prompt.slices]
+            done = torch.cuda.Event()
+            done.record()
+        return _Flight(rows, sampling, token_ids_R, finite_R, sampled.scored, scores, prompts, done)
+
+    def _to_device(self, values: list[int]) -> torch.Tensor:
+        if not self._is_async:
+            return torch.tensor(values)
+        return torch.tensor(values, pin_memory=True).to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def _canary(self) -> torch.Tensor:
+        """Logits of a fixed prompt in the runner's own block, on the host."""
+        num_tokens = min(_CANARY_TOKENS, self._block_size)
+        ids = [1 + i % (self.model.spec.vocab_size - 1) for i in range(num_tokens)]
+        layout = TokenLayout([num_tokens], [0], [[self._own_block]])
+        hidden_TD = self._forward(self._to_device(ids), self._to_device(list(range(num_tokens))), layout)
+        return self.model.logits(hidden_TD).cpu()
+
+
+def _output(flight: _Flight) -> TokenOutput:
+    rows, sampling = flight.rows, flight.sampling
+    require_finite(flight.finite_R.tolist(), sampling)
+    drawn = flight.token_ids_R.tolist()
+    logprobs: list[TokenLogprobs | None] = [None] * len(sampling)
+    if flight.scores is not None:
+        num_top = [sampling[i].job.sampling.logprobs or 0 for i in flight.scored]
+        for i, entry in zip(flight.scored, flight.scores.tolist(num_top)):
+            logprobs[i] = entry
+    prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
+    for prompt in flight.prompts:
+        require_finite([bool(finite) for _, finite in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
+        prompt_logprobs[prompt.row] = [
+            entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
+        ]
+    if len(sampling) == len(rows):
+        return TokenOutput(drawn, logprobs, prompt_logprobs)
+    tokens, entries = iter(drawn), iter(logprobs)
+    return TokenOutput(
+        [next(tokens) if row.samples else None for row in rows],
+        [next(entries) if row.samples else None for row in rows],
+        prompt_logprobs,
+    )
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
