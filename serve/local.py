@@ -33,7 +33,7 @@ from serve.options import ModelOptions, ServeOptions
 from serve.process import Report, Spec
 from serve.request import ModelCard
 
-log = logging.getLogger("tandem.local")
+log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 """Pause before the n-th restart in a row; a child that lived `STABLE_S` starts the row anew."""

@@ -32,4 +32,5 @@ def configure_logging() -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     level = os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper()
-    logging.getLogger("tandem").setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
+    for package in ("serve", "models"):
+        logging.getLogger(package).setLevel(level if level in logging.getLevelNamesMapping() else "INFO")

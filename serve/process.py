@@ -24,7 +24,7 @@ from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions
 from serve.request import ModelCard
 
-log = logging.getLogger("tandem.process")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
