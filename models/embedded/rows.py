@@ -1,0 +1,132 @@
+"""Conversations as token rows with a weight for every target, and their packing into padded batches.
+
+One conversation is one row, as at inference; rows of similar length share a batch, so little is padding and nothing can
+attend to another conversation. Only answers (and what ends them) are targets.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.embedded.bpe import END_OF_TEXT, IM_END, IM_START, PAD
+from models.embedded.chats import Chat, Message, training_chat
+from models.embedded.tasks import TASKS
+
+# Legend: B rows, T positions, S targets of a batch
+
+TASK_WEIGHTS = {"addition": 2.0, "subtraction": 2.0, "product": 2.0, "story": 0.3}
+"""Weight of a target token. A result is few digits among long copies; a story's words are free choices."""
+
+
+@dataclass(slots=True)
+class Row:
+    """Token ids, and the weight each has as a target (0 in prompts)."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass(slots=True)
+class Batch:
+    tokens_BT: Tensor
+    positions_S: Tensor
+    """Flat positions whose next token is a target."""
+    targets_S: Tensor
+    weights_S: Tensor
+
+
+class RowMaker:
+    """Encodes conversations exactly as the chat template renders them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.special = {token: vocabulary[token] for token in (PAD, END_OF_TEXT, IM_START, IM_END)}
+        self._newline = self.encode("\n")
+        self._heads = {
+            role: [self.special[IM_START], *self.encode(role + "\n")] for role in ("system", "user", "assistant")
+        }
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "RowMaker":
+        return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """The ids a model is given to continue `messages` with an answer."""
+        ids = []
+        for message in messages:
+            ids += [
+                *self._heads[message["role"]],
+                *self.encode(message["content"]),
+                self.special[IM_END],
+                *self._newline,
+            ]
+        return ids + self._heads["assistant"]
+
+    def row(self, chat: Chat, only_last: bool = False) -> Row:
+        """A conversation with every answer as target, or only the last one."""
+        row = Row([], [])
+        answers = iter(chat.tasks)
+        for index, message in enumerate(chat.messages):
+            body = [*self.encode(message["content"]), self.special[IM_END]]
+            weight = 0.0
+            if message["role"] == "assistant":
+                weight = TASK_WEIGHTS.get(next(answers), 1.0)
+                weight = 0.0 if only_last and index < len(chat.messages) - 1 else weight
+            head = self._heads[message["role"]]
+            row.ids += head + body + self._newline
+            row.weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(self._newline)
+        return row
+
+    def plain_row(self, rng: random.Random) -> Row:
+        """Text without a chat around it, for completion: a sum after its equals sign, a story from its first words."""
+        task = rng.choice(["addition", "subtraction", "product", "story"])
+        answer = TASKS[task](rng, "train").answer
+        head, sign, rest = answer.partition(" =") if task != "story" else ("", "", answer)
+        head_ids, rest_ids = self.encode(head + sign), [*self.encode(rest), self.special[END_OF_TEXT]]
+        return Row(head_ids + rest_ids, [0.0] * len(head_ids) + [TASK_WEIGHTS[task]] * len(rest_ids))
+
+    def training_rows(self, rng: random.Random) -> Iterator[Row]:
+        """Endless training rows: mostly short conversations, a few as long as the context, a little plain text."""
+        while True:
+            draw = rng.random()
+            if draw < 0.03:
+                yield self.plain_row(rng)
+            elif draw < 0.0315:
+                yield self.row(training_chat(rng, num_turns=rng.randint(20, 60)))
+            else:
+                yield self.row(training_chat(rng))
+
+
+def batches(rows: list[Row], pad: int, max_tokens: int, device: str) -> list[Batch]:
+    """The rows, sorted by length, in batches of at most `max_tokens` padded positions (or one row)."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    groups: list[list[Row]] = [[]]
+    for row in rows:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > max_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return [_batch(group, pad, device) for group in groups]
+
+
+def _batch(rows: list[Row], pad: int, device: str) -> Batch:
+    length = max(len(row.ids) for row in rows)
+    tokens_BT = torch.tensor([row.ids + [pad] * (length - len(row.ids)) for row in rows])
+    weights_BT = torch.tensor([row.weights + [0.0] * (length - len(row.ids)) for row in rows])
+    targets_BT, next_weights_BT = tokens_BT.roll(-1, 1), weights_BT.roll(-1, 1)
+    next_weights_BT[:, -1] = 0.0
+    positions_S = next_weights_BT.flatten().nonzero().squeeze(1)
+    return Batch(
+        tokens_BT.to(device),
+        positions_S.to(device),
+        targets_BT.flatten()[positions_S].to(device),
+        next_weights_BT.flatten()[positions_S].to(device),
+    )
