@@ -41,14 +41,17 @@ class Detokenizer:
         for token_id in ids:
             if token_id in self._skip:
                 continue
-            raw = spelling.first(token_id) if self._is_first else spelling.of(token_id)
-            self._is_first = False
+            if self._is_first:
+                raw = spelling.first(token_id)
+                self._is_first = not spelling.is_token(token_id)
+            else:
+                raw = spelling.of(token_id)
             if spelling.is_bytes(token_id):
                 self._pending += raw
                 if not spelling.is_byte_level:
                     out.append(self._complete())
             else:
-                out.append(self.flush())
+                out.append(self._flush())
                 out.append(raw.decode("utf-8", "replace"))
         if self._pending:
             out.append(self._complete())
@@ -56,9 +59,9 @@ class Detokenizer:
 
     def finish(self) -> str:
         """U+FFFD for the bytes of a character that will not be completed."""
-        return self._strip(self.flush())
+        return self._strip(self._flush())
 
-    def flush(self) -> str:
+    def _flush(self) -> str:
         if not self._pending:
             return ""
         num = 1 if self._spelling.is_byte_level else len(self._pending)
@@ -123,6 +126,9 @@ class Spelling:
         if self.is_byte_level or self.num_leading_spaces_stripped or self.is_bytes(token_id):
             return self.of(token_id)
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+    def is_token(self, token_id: int) -> bool:
+        return self._tokenizer.id_to_token(token_id) is not None
 
     def is_bytes(self, token_id: int) -> bool:
         """Whether the token may hold part of a character."""

@@ -204,8 +204,8 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise TemplateLimit(f"a list of more than {MAX_ITEMS} items")
         if operator == "*":
             _check_product(left, right)
-        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
-            raise TemplateLimit(f"a power of {right!r}")
+        if operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 4096:
+            raise TemplateLimit("a power of more than 4096 bits")
         if operator == "%" and isinstance(left, str):
             _check_growth("format", (left,), {})
         return _bounded_text(super().call_binop(context, operator, left, right))
