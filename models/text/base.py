@@ -43,6 +43,9 @@ class CausalLM(Protocol):
 
     spec: DecoderSpec
 
+    @property
+    def num_parameters(self) -> int: ...
+
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, context: StepContext) -> torch.Tensor:
         """hidden_TD after the final norm. `token_ids_T` and `positions_T` are int64 on the model's device."""
         ...

@@ -47,6 +47,10 @@ class Decoder:
         return named
 
     @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
+    @property
     def unused_names(self) -> tuple[str, ...]:
         """What a checkpoint may hold without a place here: tied embeddings stored twice."""
         return ("lm_head.weight",) if self.architecture.ties_embeddings else ()
