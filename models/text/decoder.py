@@ -8,6 +8,8 @@ Legend: T tokens of the step, D hidden size, N query heads, K key/value heads, H
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -24,7 +26,7 @@ class Decoder:
         self, architecture: DenseArchitecture, *, dtype: torch.dtype, device: torch.device, num_positions: int
     ):
         spec = architecture.spec
-        self.spec = spec
+        self.spec = replace(spec, dtype=dtype)
         self.architecture = architecture
         self.device = device
         self._embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
