@@ -1,0 +1,97 @@
+"""The contract's scenarios: both fake schedulers, and the real one over tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from contract import Arrival
+from fakes import (
+    VOCAB,
+    FakeDenoiseRunner,
+    FakeDenoiseScheduler,
+    FakeTokenRunner,
+    FakeTokenScheduler,
+    FakeTrajectory,
+    Saboteur,
+    continuation,
+    denoised,
+    sequence,
+)
+
+from serve.engine.job import Job
+
+
+def prompt_of(arrival: Arrival) -> list[int]:
+    """Some prompt tokens; arrivals of equal priority have equal beginnings."""
+    return [(3 * position + arrival.priority) % VOCAB for position in range(arrival.size)]
+
+
+class FakeTokens:
+    """Few cells, so that most plans preempt; a budget below most prompts, so that they are chunked."""
+
+    max_jobs = 4
+    max_work = 8
+    patience = 12
+    is_strict = True
+
+    def __init__(self) -> None:
+        self.saboteur = Saboteur()
+        self.scheduler = FakeTokenScheduler(num_cells=30, max_num_seqs=4, max_num_batched_tokens=8)
+        self.runner = FakeTokenRunner(saboteur=self.saboteur)
+
+    def job(self, job_id: str, arrival: Arrival) -> Job:
+        return sequence(
+            job_id, prompt_of(arrival), arrival.length, priority=arrival.priority, timeout_s=arrival.timeout_s
+        )
+
+    def expected(self, arrival: Arrival) -> list[int]:
+        return continuation(prompt_of(arrival), arrival.length)
+
+    def flatten(self, outputs: list[Any]) -> list[int]:
+        return [token for output in outputs for token in output.token_ids]
+
+    def check_conserved(self) -> None:
+        scheduler = self.scheduler
+        held = [cell for seq in scheduler.running for cell in seq.blocks]
+        dying = [cell for cells in scheduler.dying.values() for cell in cells]
+        assert sorted(held + dying + scheduler.free) == list(range(scheduler.num_cells))
+
+    def check_all_free(self) -> None:
+        assert len(self.scheduler.free) == self.scheduler.num_cells
+        assert not self.runner.sampled and not self.runner.in_flight
+
+
+class FakeLatents:
+    """More jobs than slots, more slots than fit into a batch, several shapes."""
+
+    max_jobs = 3
+    max_work = 3 * 12
+    patience = 4
+    is_strict = False  # a later job of a fitting shape rides along
+
+    def __init__(self) -> None:
+        self.saboteur = Saboteur()
+        self.scheduler = FakeDenoiseScheduler(num_slots=5, max_batch=3)
+        self.runner = FakeDenoiseRunner(saboteur=self.saboteur)
+
+    def job(self, job_id: str, arrival: Arrival) -> Job:
+        return FakeTrajectory(
+            id=job_id,
+            shape=arrival.size,
+            num_steps=arrival.length,
+            priority=arrival.priority,
+            timeout_s=arrival.timeout_s,
+        )
+
+    def expected(self, arrival: Arrival) -> list[int]:
+        return denoised(arrival.size, arrival.length)
+
+    def flatten(self, outputs: list[Any]) -> list[int]:
+        return outputs
+
+    def check_conserved(self) -> None:
+        assert 0 <= self.scheduler.num_free <= self.scheduler.num_slots
+
+    def check_all_free(self) -> None:
+        assert self.scheduler.num_free == self.scheduler.num_slots
+        assert not self.runner.latents and not self.runner.in_flight
