@@ -1,0 +1,156 @@
+"""`tandem serve` on an embedded Ray, from outside: the same answers, replica loss, clean leaving, the right files."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from serving import Serving, eventually, serving
+from tiny import tiny_folder
+
+pytestmark = pytest.mark.ray
+TRAPS = ("serve.py", "models/__init__.py", "request.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """Two replicas behind one gateway, started from a folder whose files must never be imported."""
+    trapped = tmp_path_factory.mktemp("trapped")
+    for trap in TRAPS:
+        (trapped / trap).parent.mkdir(exist_ok=True)
+        (trapped / trap).write_text("raise SystemExit('imported from the working directory')\n")
+    arguments = [str(folder), "--served-model-name", "tiny", "--num-replicas", "2", "--threads", "1"]
+    with serving(*arguments, cwd=trapped, timeout_s=180) as running:
+        yield running
+
+
+def client(server: Serving) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def body(**fields):
+    message = {"role": "user", "content": "the red fox"}
+    return {"model": "tiny", "messages": [message], "temperature": 0, "ignore_eos": True, "max_tokens": 16, **fields}
+
+
+def ask(server: Serving, **fields):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body(**fields), timeout=60)
+
+
+def replicas(server: Serving) -> list[psutil.Process]:
+    """The worker processes of the model's replicas, by the title Ray gives them."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if "ServeReplica:tandem:model-tiny" in " ".join(child.cmdline())]
+
+
+def test_streamed_and_whole_answers_are_equal(server):
+    whole = ask(server).json()
+    assert whole["usage"]["completion_tokens"] == 16
+    chunks = list(client(server).chat.completions.create(**body_for_client(), stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole["choices"][0]["message"]["content"]
+
+
+def body_for_client():
+    fields = body()
+    return {**fields, "extra_body": {"ignore_eos": fields.pop("ignore_eos")}} | {
+        "model": fields["model"],
+        "messages": fields["messages"],
+    }
+
+
+def test_many_requests_at_once_all_end_right(server):
+    expected = ask(server).json()["choices"][0]["message"]["content"]
+    answers: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(ask(server).json()["choices"][0]["message"]["content"]))
+        for _ in range(24)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 24
+
+
+def test_refusals_are_http_errors(server):
+    assert ask(server, max_tokens=10**6).status_code == 400
+    assert ask(server, model="absent").status_code == 404
+
+
+def test_leaving_clients_free_their_jobs(server):
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json=body(stream=True, max_tokens=400), timeout=30
+    ) as response:
+        next(response.iter_lines())
+    eventually(lambda: server.metric("tandem_requests_running") == 0)
+    eventually(lambda: server.metric("tandem_kv_cache_usage_ratio") == 0)
+
+
+def test_workers_import_the_files_of_the_driver(server):
+    """Every Ray worker of the application maps our modules from the package under test, not from its directory."""
+    import serve
+
+    package = str(Path(next(iter(serve.__path__))).resolve().parent)
+    text = "\n".join(server.lines)
+    assert "imported from the working directory" not in text
+    assert re.search(rf"package={re.escape(package)}", text)
+
+
+def test_only_the_gateway_of_ours_listens_beside_ray(server):
+    port = int(server.url.rsplit(":", 1)[1])
+    listening = {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ("127.0.0.1", port) in listening
+
+
+def test_killed_replica_ends_its_streams_with_an_error_and_is_replaced(server):
+    assert len(replicas(server)) == 2
+    lines: list[list[str]] = [[] for _ in range(6)]
+
+    def stream(own: list[str]) -> None:
+        fields = body(stream=True, max_tokens=450)
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=fields, timeout=60) as response:
+            own.extend(line for line in response.iter_lines() if line.startswith("data: "))
+
+    threads = [threading.Thread(target=stream, args=(own,)) for own in lines]
+    victims = replicas(server)
+    for victim in victims:
+        victim.suspend()
+    for thread in threads:
+        thread.start()
+    eventually(lambda: server.metric("tandem_http_requests_in_flight") >= 6)
+    for victim in victims:
+        victim.resume()
+    victims[0].kill()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    for own in lines:
+        if own and own[-1] != "data: [DONE]":
+            assert json.loads(own[-1][6:])["error"]["code"] in ("replica_lost", "unavailable")
+    eventually(lambda: ask(server).status_code == 200, within_s=60)
+    eventually(lambda: len(replicas(server)) == 2 and server.metric("tandem_replicas_ready") >= 2, within_s=90)
+
+
+def test_sigterm_leaves_nothing_behind(folder):
+    with serving(str(folder), "--served-model-name", "other", "--threads", "1", timeout_s=180) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert children
+        assert server.terminate() == 0
+        eventually(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), within_s=20)
