@@ -1,0 +1,211 @@
+"""Puts a text replica together from its options: the one place that chooses classes. Everything else gets them passed.
+
+`build_engine` stops at the engine, for the offline benchmark and tests; `build_text` makes and starts a `Backend`.
+Whatever a user can get wrong ends here as a `ConfigError` that says what to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models.attention.base import KVCacheSpec
+from models.attention.build import make_attention
+from models.registry import ModelError, load_text_model
+from models.source import SourceError, kind_of, resolve
+from models.text.base import CausalLM
+from models.weights import WeightsError
+from serve.engine.engine import Engine
+from serve.engine.interface import DeviceFault, Observer
+from serve.errors import ConfigError
+from serve.options import ModelOptions
+from serve.request import ModelCard
+from serve.text.backend import TextBackend
+from serve.text.cache_size import choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
+from serve.text.kv_cache import KVCache
+from serve.text.load_progress import LoadProgress
+from serve.text.runner import TokenRunner
+from serve.text.scheduler import TokenScheduler
+from serve.text.sequence import Sequence, TokenBatch, TokenOutput
+
+log = logging.getLogger(__name__)
+
+TextEngine = Engine[Sequence, TokenBatch, TokenOutput]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def build_text(
+    options: ModelOptions,
+    *,
+    num_replicas_here: int = 1,
+    observer: Observer | None = None,
+    progress: bool = True,
+    on_death: Callable[[BaseException], None] | None = None,
+) -> TextBackend:
+    """Load the model, size the cache, warm up, start the engine's thread. Blocks until the model can answer."""
+    engine, card = build_engine(
+        options, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
+    )
+    engine.start()
+    return TextBackend(engine, card)
+
+
+def build_engine(
+    options: ModelOptions,
+    *,
+    num_replicas_here: int = 1,
+    observer: Observer | None = None,
+    progress: bool = True,
+    on_death: Callable[[BaseException], None] | None = None,
+) -> tuple[TextEngine, ModelCard]:
+    """The same up to an engine that nobody steps yet, and the card of its model."""
+    started = time.monotonic()
+    folder = resolve_text_model(options)
+    device = choose_device(options)
+    threads = set_threads(options, num_replicas_here)
+    model = _load(options, folder, device, progress=progress)
+
+    spec = model.spec
+    cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
+    budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
+    try:
+        if device.type == "cuda":
+            memory_bytes = cuda_cache_bytes(options, model, cache, max_num_tokens=budget)
+        else:
+            memory_bytes = cpu_cache_bytes(
+                options,
+                cache,
+                max_positions=spec.max_positions,
+                free_bytes=free_memory_bytes(),
+                num_replicas_here=num_replicas_here,
+            )
+        size = choose_cache_size(options, cache, max_positions=spec.max_positions, memory_bytes=memory_bytes)
+        runner = TokenRunner(model, make_attention("auto", cache, spec.num_heads), cache, num_blocks=size.num_blocks)
+        runner.warm_up()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{options.model!r} runs out of device memory at max_num_batched_tokens {budget}; lower that, "
+            f"kv_cache_memory_bytes or gpu_memory_utilization",
+            param="gpu_memory_utilization",
+        ) from error
+    except DeviceFault as error:
+        raise ConfigError(f"{options.model!r}: {error}", param="model") from error
+    scheduler = TokenScheduler(
+        KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=size.max_model_len,
+        eos_token_ids=spec.eos_token_ids,
+        vocab_size=spec.vocab_size,
+    )
+    engine: TextEngine = Engine(
+        scheduler,
+        runner,
+        depth=1 if device.type == "cuda" else 0,
+        max_waiting=options.max_num_waiting,
+        step_timeout_s=options.step_timeout_s,
+        observer=observer,
+        on_death=on_death,
+    )
+    card = ModelCard(
+        name=options.name,
+        kind="text",
+        source=options.model,
+        device=str(device),
+        dtype=str(spec.dtype).removeprefix("torch."),
+        num_parameters=model.num_parameters,
+        max_model_len=size.max_model_len,
+        kv_cache_tokens=size.num_blocks * options.block_size,
+        vocab_size=spec.vocab_size,
+        threads=threads,
+        load_s=_process_age_s(since=started),
+        aliases=options.served_model_name[1:],
+        created=int(time.time()),
+    )
+    log.info(
+        "event=model_ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
+        *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
+    )
+    return engine, card
+
+
+def resolve_text_model(options: ModelOptions) -> Path:
+    """The folder of the model's files, fetched if need be. Raises ConfigError."""
+    try:
+        folder = resolve(options.model, options.revision, load_format=options.load_format)
+        kind = options.kind or kind_of(folder)
+    except SourceError as error:
+        raise ConfigError(f"model: {error}", param="model") from error
+    if kind != "text":
+        raise ConfigError(f"{options.model!r} is an image model; only text models are served so far", param="model")
+    return folder
+
+
+def choose_device(options: ModelOptions) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise ConfigError(
+            f"device is 'cuda', but this torch ({torch.__version__}) finds no CUDA device; use device 'cpu' or 'auto', "
+            f"or install a CUDA build of torch and a driver",
+            param="device",
+        )
+    if options.device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def set_threads(options: ModelOptions, num_replicas_here: int) -> int:
+    """This process's compute threads: as asked for, else its share of the cores.
+
+    More threads than cores cost a scheduler's time slice at every operator's barrier: with one busy neighbour on two
+    cores each two-threaded operator took 8.4 ms, whatever its size.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = options.threads or max(1, num_cores // num_replicas_here)
+    torch.set_num_threads(threads)
+    with contextlib.suppress(RuntimeError):  # settable once a process; nothing here uses those threads
+        torch.set_num_interop_threads(1)
+    return threads
+
+
+def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress: bool) -> CausalLM:
+    dtype = _DTYPES.get(options.dtype)
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    bar = LoadProgress(options.name) if progress else None
+    try:
+        return load_text_model(
+            folder,
+            device=device,
+            dtype=dtype,
+            load_format=options.load_format,
+            max_model_len=options.max_model_len,
+            progress=bar,
+        )
+    except (ModelError, WeightsError, OSError) as error:
+        raise ConfigError(f"model: {error}", param="model") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ConfigError(
+            f"the weights of {options.model!r} do not fit the memory of {device}", param="model"
+        ) from error
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _process_age_s(since: float) -> float:
+    """Seconds since this process started; since `since` (monotonic) where the system does not tell."""
+    try:
+        with open("/proc/self/stat", encoding="ascii") as file:
+            started_ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.monotonic() - since

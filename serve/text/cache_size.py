@@ -1,0 +1,123 @@
+"""How many KV blocks a replica gets, and how long a sequence may then be.
+
+On CUDA the cache takes what `gpu_memory_utilization` leaves after weights and the measured memory of a full step. On
+CPU it is sized by need (some full-length sequences), within a share of the free memory: pages are taken when written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.attention.base import KVCacheSpec, TokenLayout
+from models.attention.build import make_attention
+from models.text.base import CausalLM, StepContext
+from serve.errors import ConfigError
+from serve.options import ModelOptions
+
+CPU_SEQUENCES_SHARE = 1 / 8
+"""Full-length sequences the CPU cache holds, as a share of `max_num_seqs`."""
+CPU_MEMORY_SHARE = 1 / 4
+"""Of the free memory, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    num_blocks: int
+    max_model_len: int
+
+
+def choose_cache_size(options: ModelOptions, spec: KVCacheSpec, *, max_positions: int, memory_bytes: int) -> CacheSize:
+    """Blocks that fit `memory_bytes`, and the longest sequence to serve. Raises ConfigError when one does not fit."""
+    if options.max_model_len is not None and options.max_model_len > max_positions:
+        raise ConfigError(
+            f"max_model_len is {options.max_model_len}, but {options.model!r} was made for {max_positions} positions; "
+            f"lower it",
+            param="max_model_len",
+        )
+    wanted = options.max_model_len or max_positions
+    num_blocks = memory_bytes // spec.block_bytes
+    capacity = num_blocks * spec.block_size
+    if capacity < (options.max_model_len or 1):
+        needed = -(-wanted // spec.block_size) * spec.block_bytes
+        if options.kv_cache_memory_bytes is not None:
+            remedy = "kv_cache_memory_bytes"
+        elif spec.device.type == "cuda":
+            remedy = "gpu_memory_utilization"
+        else:
+            remedy = "the free memory, or set kv_cache_memory_bytes"
+        raise ConfigError(
+            f"the KV cache of {options.model!r} can have {memory_bytes / 2**20:.0f} MiB, which hold {capacity} "
+            f"positions; one sequence of max_model_len {wanted} takes {needed / 2**20:.0f} MiB: lower max_model_len or "
+            f"raise {remedy}",
+            param="max_model_len",
+        )
+    return CacheSize(num_blocks, min(wanted, capacity))
+
+
+def cpu_cache_bytes(
+    options: ModelOptions, spec: KVCacheSpec, *, max_positions: int, free_bytes: int, num_replicas_here: int
+) -> int:
+    """Memory for the CPU cache when no size is given."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    num_sequences = max(1, int(options.max_num_seqs * CPU_SEQUENCES_SHARE))
+    blocks_each = -(-min(options.max_model_len or max_positions, max_positions) // spec.block_size)
+    most = int(free_bytes * CPU_MEMORY_SHARE) // num_replicas_here
+    return min(num_sequences * blocks_each * spec.block_bytes, most)
+
+
+def cuda_cache_bytes(options: ModelOptions, model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int) -> int:
+    """Memory for the CUDA cache: measured, not estimated. Call when the weights are loaded."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    step_bytes = _measure_step(model, spec, max_num_tokens=max_num_tokens, max_num_seqs=options.max_num_seqs)
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
+    left = int(total_bytes * options.gpu_memory_utilization) - (total_bytes - free_bytes) - step_bytes
+    return max(left, 0)
+
+
+def free_memory_bytes() -> int:
+    """Memory this process could still take: the machine's, or what its control group leaves, whichever is less."""
+    free = [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")
+    limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
+    if limit and used and limit[0].isdigit():
+        free.append(max(int(limit[0]) - int(used[0]), 0))
+    return min(free) if free else 4 << 30
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+
+
+@torch.inference_mode()
+def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, max_num_seqs: int) -> int:
+    """Peak bytes of one step with a full token budget and logits for every sequence, beyond what is held now.
+
+    All sequences share the same few blocks: what is computed means nothing, what it takes is the same.
+    """
+    length = min(max_num_tokens, model.spec.max_positions)
+    num_blocks = -(-length // spec.block_size)
+    attention = make_attention("auto", spec, model.spec.num_heads)
+    context_cache = attention.allocate(num_blocks)
+    lengths = [length] * (max_num_tokens // length)
+    if rest := max_num_tokens % length:
+        lengths.append(rest)
+    layout = TokenLayout(lengths, [0] * len(lengths), [list(range(num_blocks))] * len(lengths))
+    positions = torch.cat([torch.arange(n, device=spec.device) for n in lengths])
+    torch.cuda.synchronize(spec.device)
+    torch.cuda.reset_peak_memory_stats(spec.device)
+    held = torch.cuda.memory_allocated(spec.device)
+    context = StepContext(attention, attention.plan(layout), context_cache)
+    hidden_TD = model.forward(torch.zeros_like(positions), positions, context)
+    logits_RV = model.logits(hidden_TD[:max_num_seqs])
+    logits_RV.softmax(-1).cumsum(-1).sort(-1)  # about what the sampler holds for rows with top-p
+    torch.cuda.synchronize(spec.device)
+    return torch.cuda.max_memory_allocated(spec.device) - held
