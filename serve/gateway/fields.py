@@ -1,6 +1,6 @@
 """Every request field of OpenAI's chat-completions and completions reference and of vLLM's extras, once.
 
-A field is *honoured*; or *accepted*: without effect by its own definition (`user`, `metadata`, …); or *refused* with the
+A field is *honoured*; or *accepted*: without effect by its own definition (`user`, `metadata`); or *refused* with the
 reason, except for the values that ask for nothing (`tools: []`, `best_of: 1`). A name that is not here is refused.
 Validation (`schemas.py`), the docs page and the tests read this table. Value types are in `values.py`.
 
@@ -165,8 +165,9 @@ _TABLE = (
     _honoured(
         "add_special_tokens",
         bool | None,
-        "Begin-of-text and the like. Default: true for completions, false for chat, whose template has them.",
+        "Begin-of-text and the like around a text prompt. Default true.",
         False,
+        on=(COMPLETIONS,),
         by="vllm",
     ),
     _honoured(
@@ -275,6 +276,7 @@ _TABLE = (
     _refused("include_reasoning", "reasoning is not split from the text", True, on=(CHAT,), by="vllm"),
     _refused("thinking_token_budget", "reasoning is not split from the text", -1, by="vllm"),
     _refused("chat_template", "templates come from the model only", on=(CHAT,), by="vllm"),
+    _refused("add_special_tokens", "the chat template writes them", False, on=(CHAT,), by="vllm"),
     _refused("documents", "put documents into a message", [], on=(CHAT,), by="vllm"),
     _refused("media_io_kwargs", _MEDIA, {}, on=(CHAT,), by="vllm"),
     _refused("mm_processor_kwargs", _MEDIA, {}, on=(CHAT,), by="vllm"),

@@ -1,6 +1,6 @@
 """From the bytes of a body to a checked request: strict JSON, then the table of `fields.py`, then pydantic.
 
-Error texts name the field, show numbers but never strings of the request (they may hold prompt text), and say what to do.
+Error texts name the field and say what to do. They show numbers but never strings of the request: prompt text, perhaps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TokenizeRequest(BaseModel):
     """vLLM's `/tokenize`: a prompt, or messages."""
 
     model_config = _STRICT
-    model: v.Name | None = None  # type: ignore[valid-type]
+    model: v.Name | None = None
     prompt: str | None = None
     messages: v.Messages | None = None
     add_special_tokens: bool | None = None
@@ -61,7 +61,7 @@ class DetokenizeRequest(BaseModel):
     """vLLM's `/detokenize`."""
 
     model_config = _STRICT
-    model: v.Name | None = None  # type: ignore[valid-type]
+    model: v.Name | None = None
     tokens: v.TokenIds(1 << 20)  # type: ignore[valid-type]
 
 
@@ -90,7 +90,7 @@ def parse_detokenize(body: bytes) -> DetokenizeRequest:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Strict JSON: UTF-8, one object, no key twice, no NaN or infinity, no lone surrogates, bounded depth and digits."""
+    """Strict JSON: UTF-8, one object, no key twice, no NaN, no lone surrogates, bounded depth and digits."""
     try:
         text = body.decode("utf-8")
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -128,7 +128,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _from_table(data: dict[str, Any], endpoint: str) -> dict[str, Any]:
-    """`data` without the refused fields that ask for nothing. Raises InvalidRequest for those that do, and unknown ones."""
+    """`data` without refused fields that ask for nothing. Raises InvalidRequest for the others, and unknown ones."""
     table = FIELDS[endpoint]
     kept = {}
     for name, value in data.items():

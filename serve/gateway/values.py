@@ -67,21 +67,26 @@ def Text(most: int, *, least: int = 0) -> Any:
     return Annotated[str, StringConstraints(min_length=least, max_length=most)]
 
 
+_TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_LIMIT)]
+
+
 def TokenIds(most: int) -> Any:
     """A list of up to `most` token ids; the vocabulary is checked later, against the model."""
-    return Annotated[list[Int(0)], Field(max_length=most)]
+    return Annotated[list[_TokenId], Field(max_length=most)]
 
 
 def wrong(message: str) -> PydanticCustomError:
     """A validation error whose text is ours; it must not quote strings of the request."""
-    return PydanticCustomError("refused", message.replace("{", "(").replace("}", ")"))  # type: ignore[arg-type]
+    return PydanticCustomError("refused", message.replace("{", "(").replace("}", ")"))
 
 
 Name = Text(512, least=1)
 RequestId = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9._:-]{1,128}\Z"))]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Side = Literal["left", "right"]
-Metadata = Annotated[dict[Text(64), Text(512)], Field(max_length=16)]  # type: ignore[valid-type]
+_Key = Annotated[str, StringConstraints(max_length=64)]
+_Note = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[_Key, _Note], Field(max_length=16)]
 Opaque = Annotated[dict[str, Any], Field(max_length=64)]
 
 
@@ -271,7 +276,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = None
-    name: Text(256) | None = None  # type: ignore[valid-type]
+    name: Annotated[str, StringConstraints(max_length=256)] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     """Older name of `reasoning`. Templates of reasoning models read either."""

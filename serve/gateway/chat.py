@@ -1,0 +1,105 @@
+"""`/v1/chat/completions`: OpenAI's wire format, whole and in chunks.
+
+role chunk · deltas · finish chunk, per choice … usage chunk when asked for · [DONE]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.gateway.choices import Piece
+from serve.gateway.generation import Generation
+from serve.gateway.planning import Asked
+from serve.gateway.prompts import Prompt
+from serve.gateway.usage import Logprobs, usage
+from serve.gateway.wire import Envelope
+from serve.text.tokenizer import Tokenizer
+
+
+def asked(body: Any) -> Asked:
+    return Asked(
+        default_max_tokens=None,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+class ChatFormat:
+    """Pieces of text as chat completion objects."""
+
+    prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, body: Any, prompts: tuple[Prompt, ...], tokenizer: Tokenizer, envelope: Envelope):
+        self._body = body
+        self._prompt_ids = prompts[0].ids
+        self._envelope = envelope
+        self._logprobs = Logprobs(
+            tokenizer, num_top=body.top_logprobs or 0, as_token_ids=bool(body.return_tokens_as_token_ids)
+        )
+        last = body.messages[-1]
+        self._opening = (last.content or "") if body.echo and last.role == "assistant" else ""
+        self._opened: set[int] = set()
+
+    def chunks(self, piece: Piece, generation: Generation) -> list[dict[str, Any]]:
+        """The chunks of one piece. A piece without text gives none, unless something else is to be told."""
+        chunks = []
+        if piece.index not in self._opened:
+            self._opened.add(piece.index)
+            first: dict[str, Any] = {} if len(self._opened) > 1 else self._prompt_token_ids()
+            delta = {"role": "assistant", "content": self._opening, "refusal": None}
+            chunks.append({**self._chunk(piece.index, delta, None), **first})
+        if piece.text or piece.logprobs or (piece.token_ids and self._tells_tokens):
+            chunks.append(self._chunk(piece.index, {"content": piece.text}, piece))
+        if piece.finish_reason is not None:
+            finish = self._chunk(piece.index, {}, None)
+            finish["choices"][0] |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            chunks.append(finish)
+        return chunks
+
+    def whole(self, pieces: dict[int, list[Piece]], generation: Generation) -> dict[str, Any]:
+        """The answer, from all pieces by choice."""
+        choices = []
+        for index, own in sorted(pieces.items()):
+            message = {
+                "role": "assistant",
+                "content": self._opening + "".join(piece.text for piece in own),
+                "refusal": None,
+            }
+            choice = {
+                "index": index,
+                "message": message,
+                "logprobs": self._whole_logprobs(own),
+                "finish_reason": own[-1].finish_reason,
+                "stop_reason": own[-1].stop_reason,
+            }
+            if self._body.return_token_ids:
+                choice["token_ids"] = [token_id for piece in own for token_id in piece.token_ids]
+            choices.append(choice)
+        answer = {**self._envelope.answer(), "choices": choices, "usage": usage(generation.tokens())}
+        if self._body.service_tier is not None:
+            answer["service_tier"] = "default"
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._logprobs.prompt(generation.prompt_logprobs.get(0, ()))
+        return {**answer, **self._prompt_token_ids()}
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return bool(self._body.return_token_ids) or self._envelope.has_running_usage
+
+    def _whole_logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return self._logprobs.chat([entry for piece in pieces for entry in piece.logprobs])
+
+    def _chunk(self, index: int, delta: dict[str, Any], piece: Piece | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if piece is not None and self._body.logprobs:
+            choice["logprobs"] = self._logprobs.chat(piece.logprobs)
+        if piece is not None and self._body.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return {**self._envelope.chunk(), "choices": [choice]}
+
+    def _prompt_token_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._prompt_ids} if self._body.return_token_ids else {}

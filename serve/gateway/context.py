@@ -1,0 +1,43 @@
+"""What the gateway knows about one HTTP request while it is answered: id, caller, clock, numbers for log and metrics.
+
+The middleware makes it, the handlers fill it in, the middleware reads it at the end. It travels in the ASGI scope.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_KEY = "tandem.context"
+
+
+@dataclass(slots=True, eq=False)
+class RequestContext:
+    """One HTTP request. Times are `time.perf_counter` seconds."""
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    tenant: str = ""
+    """A hash of the caller's API key; empty without keys."""
+    endpoint: str | None = None
+    """Metric label; None for routes that are not counted (health, docs)."""
+    model: str | None = None
+    """The served model's own name, once it is known."""
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int = 0
+    first_token: float | None = None
+    is_accepted: bool = False
+    error: BaseException | None = None
+    """Why it failed, when it did; also for failures after the 200."""
+
+
+def bind(scope: MutableMapping[str, Any], context: RequestContext) -> None:
+    scope[_KEY] = context
+
+
+def of(scope: MutableMapping[str, Any]) -> RequestContext:
+    """The context of a request. The middleware has set it for every HTTP request."""
+    context: RequestContext = scope[_KEY]
+    return context

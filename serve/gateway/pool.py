@@ -1,0 +1,283 @@
+"""The replicas this gateway can reach, by model: connects what the hub names, drops what it no longer names, submits.
+
+A request is tried at the next replica when one refuses it for now or is lost, as long as no event of it has arrived;
+seeds are concrete by then, so the second replica computes the same tokens. After the first event nothing is retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from serve.backend import Backend, EventStream, Load
+from serve.errors import (
+    ConfigError,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    ReplicaLost,
+    TandemError,
+    Unavailable,
+)
+from serve.events import Event
+from serve.gateway.routing import Candidate, Router
+from serve.request import ModelCard, TextRequest
+from serve.text.tokenizer import Tokenizer, TokenizerBundle
+
+if TYPE_CHECKING:
+    from serve.hub import ReplicaEntry
+
+log = logging.getLogger("tandem.gateway")
+
+FIRST_RETRY_S = 0.1
+MAX_RETRY_S = 5.0
+_ELSEWHERE = (Overloaded, Draining, ReplicaLost, EngineDead)
+"""Refusals another replica may not share."""
+
+
+class Remote(Backend, Protocol):
+    """A connected replica (`ChannelClient`)."""
+
+    @property
+    def bundle(self) -> Mapping[str, bytes]: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+
+Connect = Callable[["ReplicaEntry", Callable[[], None]], Awaitable[Remote]]
+"""Connect to a replica; the callable is called once when the connection is lost."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One replica, as long as the hub names it."""
+
+    entry: ReplicaEntry
+    remote: Remote | None = None
+    joining: asyncio.Task[None] | None = None
+    num_open: int = 0
+    is_dropped: bool = False
+
+
+@dataclass(slots=True)
+class _Model:
+    """What is remembered of a model, also while none of its replicas lives."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    digest: bytes = field(default=b"")
+
+
+class Pool:
+    """One per gateway; lives on its event loop."""
+
+    def __init__(self, connect: Connect, router: Router | None = None) -> None:
+        self._connect = connect
+        self._router = router or Router()
+        self._members: dict[str, _Member] = {}
+        self._models: dict[str, _Model] = {}
+        self._expected: set[str] = set()
+        """Models the hub names, connected or not."""
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def update(self, entries: Sequence[ReplicaEntry]) -> None:
+        """The hub's list: connect to new replicas, drop the others once their streams have ended."""
+        named = {entry.replica_id: entry for entry in entries}
+        self._expected |= {entry.model for entry in entries}
+        for replica_id, member in list(self._members.items()):
+            if named.get(replica_id) != member.entry:
+                self._drop(member)
+        for replica_id, entry in named.items():
+            if replica_id not in self._members:
+                member = self._members[replica_id] = _Member(entry)
+                member.joining = asyncio.create_task(self._join(member))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some model can be served."""
+        return any(_is_up(member) for member in self._members.values())
+
+    def cards(self) -> list[ModelCard]:
+        """The models known here, by name."""
+        return [self._models[name].card for name in sorted(self._models)]
+
+    def find(self, name: str | None) -> ModelCard:
+        """The model of that name or alias; without a name the only one. Raises ModelNotFound, InvalidRequest."""
+        if name is None:
+            if len(self._models) == 1:
+                return next(iter(self._models.values())).card
+            if not self._models:
+                raise Unavailable("no model is ready yet; try again soon")
+            raise InvalidRequest(f"model is required; served are {self._names()}", param="model")
+        for model in self._models.values():
+            if name == model.card.name or name in model.card.aliases:
+                return model.card
+        if name in self._expected or not self._models:
+            raise Unavailable("the model is not ready yet; try again soon")
+        raise ModelNotFound(f"there is no such model here; served are {self._names()}", param="model")
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """The tokenizer of a model `find` has returned."""
+        return self._models[model].tokenizer
+
+    async def submit(self, request: TextRequest) -> EventStream:
+        """Return once a replica has accepted. Raises what the last replica refused with, Overloaded before others."""
+        member, stream = await self._place(request)
+        return _Stream(self, member, stream, request)
+
+    async def aclose(self) -> None:
+        for member in list(self._members.values()):
+            self._drop(member, now=True)
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _place(self, request: TextRequest) -> tuple[_Member, EventStream]:
+        able = {
+            member.entry.replica_id: member
+            for member in self._members.values()
+            if member.entry.model == request.model and _is_up(member)
+        }
+        refusals: list[TandemError] = []
+        for candidate in self._router.rank(request, [_candidate(member) for member in able.values()]) if able else ():
+            member = able[candidate.replica_id]
+            if member.remote is None:
+                continue  # lost while another one refused
+            try:
+                stream = await member.remote.submit(request)
+            except _ELSEWHERE as refusal:
+                refusals.append(refusal)
+                continue
+            self._router.record(request, candidate.replica_id)
+            return member, stream
+        overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
+        if overloads:
+            raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
+        if refusals:
+            raise refusals[-1]
+        raise Unavailable(f"no replica of {request.model} is ready; try again soon")
+
+    async def _join(self, member: _Member) -> None:
+        """Connect, trying again with growing pauses while the hub names the replica."""
+        entry, pause = member.entry, FIRST_RETRY_S
+        while True:
+            try:
+                remote = await self._connect(entry, lambda: self._lost(member))
+                self._models[entry.model] = await self._learn(entry.model, remote)
+                if remote.is_alive:
+                    break
+                self._close(remote)
+            except (OSError, TandemError, TimeoutError, EOFError) as error:
+                log.warning("replica not reached id=%s error=%s", entry.replica_id, type(error).__name__)
+                if isinstance(error, ConfigError):
+                    return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_RETRY_S)
+        member.remote = remote
+        log.info("replica joined id=%s model=%s", entry.replica_id, entry.model)
+
+    async def _learn(self, name: str, remote: Remote) -> _Model:
+        """Card and tokenizer of the replica's model; the tokenizer is built anew only when its files differ."""
+        files = dict(remote.bundle)
+        digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in sorted(files))).digest()
+        known = self._models.get(name)
+        if known is not None and known.digest == digest:
+            return _Model(remote.card, known.tokenizer, digest)
+        return _Model(remote.card, await asyncio.to_thread(Tokenizer, TokenizerBundle(files)), digest)
+
+    def _lost(self, member: _Member) -> None:
+        """The connection ended. The hub may name the replica for a while yet: try to get it back."""
+        remote, member.remote = member.remote, None
+        self._router.forget(member.entry.replica_id)
+        if remote is not None:
+            self._close(remote)
+        if not member.is_dropped and (member.joining is None or member.joining.done()):
+            log.warning("replica lost id=%s", member.entry.replica_id)
+            member.joining = asyncio.create_task(self._join(member))
+
+    def _drop(self, member: _Member, *, now: bool = False) -> None:
+        """Send it nothing more; close the connection when its streams have ended."""
+        self._members.pop(member.entry.replica_id, None)
+        member.is_dropped = True
+        if member.joining is not None:
+            member.joining.cancel()
+        if now or member.num_open == 0:
+            self._release(member)
+
+    def _release(self, member: _Member) -> None:
+        remote, member.remote = member.remote, None
+        if remote is not None:
+            self._close(remote)
+
+    def _close(self, remote: Remote) -> None:
+        task = asyncio.create_task(remote.aclose())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _names(self) -> str:
+        return ", ".join(repr(name) for name in sorted(self._models)) or "none"
+
+    def ended(self, member: _Member) -> None:
+        """One of the member's streams has ended."""
+        member.num_open -= 1
+        if member.is_dropped and member.num_open == 0:
+            self._release(member)
+
+
+class _Stream:
+    """A placed request. Goes to another replica once when its own is lost before the first event."""
+
+    def __init__(self, pool: Pool, member: _Member, stream: EventStream, request: TextRequest) -> None:
+        self._pool = pool
+        self._member: _Member | None = member
+        self._stream = stream
+        self._request = request
+        self._may_move = True
+        member.num_open += 1
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        try:
+            events = await self._stream.__anext__()
+        except (ReplicaLost, EngineDead):
+            if not self._may_move:
+                raise
+            await self._move()
+            events = await self._stream.__anext__()
+        self._may_move = False
+        return events
+
+    async def aclose(self) -> None:
+        self._may_move = False
+        try:
+            await self._stream.aclose()
+        finally:
+            self._leave()
+
+    async def _move(self) -> None:
+        self._may_move = False
+        await self._stream.aclose()
+        self._leave()
+        self._member, self._stream = await self._pool._place(self._request)
+        self._member.num_open += 1
+
+    def _leave(self) -> None:
+        member, self._member = self._member, None
+        if member is not None:
+            self._pool.ended(member)
+
+
+def _is_up(member: _Member) -> bool:
+    return member.remote is not None and member.remote.is_alive
+
+
+def _candidate(member: _Member) -> Candidate:
+    load = member.remote.load() if member.remote is not None else None
+    return Candidate(member.entry.replica_id, load or Load(), member.num_open)

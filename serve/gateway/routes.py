@@ -1,0 +1,108 @@
+"""The API's routes. Bodies are read and limited by the middleware, parsed by `schemas.py`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from serve.errors import InvalidRequest, ModelNotFound
+from serve.gateway import context, schemas
+from serve.gateway.prompts import encode_chat, encode_text
+from serve.gateway.service import CHAT, COMPLETIONS, Service
+from serve.gateway.wire import encode_json
+from serve.request import ModelCard
+
+LONG_TOKENS = 4096
+
+
+def api_routes(service: Service) -> APIRouter:
+    """Models, chat, completions, tokenize, detokenize."""
+    router = APIRouter()
+
+    @router.get("/v1/models", tags=["models"], summary="The served models")
+    async def list_models() -> Response:
+        data = [entry for card in service.pool.cards() for entry in _entries(card)]
+        return _json({"object": "list", "data": data})
+
+    @router.get("/v1/models/{model:path}", tags=["models"], summary="One served model; its name may hold slashes")
+    async def retrieve_model(http: Request, model: str) -> Response:
+        known = {entry["id"]: entry for card in service.pool.cards() for entry in _entries(card)}
+        if model not in known:
+            served = ", ".join(repr(name) for name in sorted(known)) or "none"
+            raise ModelNotFound(f"there is no such model here; served are {served}", param="model")
+        context.of(http.scope).model = service.pool.find(model).name
+        return _json(known[model])
+
+    @router.post(
+        "/v1/chat/completions",
+        tags=["text"],
+        summary="Continue a conversation",
+        openapi_extra=_body("ChatCompletionRequest"),
+    )
+    async def chat_completions(http: Request) -> Response:
+        return service.generate(http, schemas.parse_chat(await http.body()), CHAT)
+
+    @router.post("/v1/completions", tags=["text"], summary="Continue texts", openapi_extra=_body("CompletionRequest"))
+    async def text_completions(http: Request) -> Response:
+        return service.generate(http, schemas.parse_completion(await http.body()), COMPLETIONS)
+
+    @router.post(
+        "/tokenize", tags=["tokens"], summary="Text or messages to token ids", openapi_extra=_body("TokenizeRequest")
+    )
+    async def tokenize(http: Request) -> Response:
+        body = schemas.parse_tokenize(await http.body())
+        card = service.text_model(body.model)
+        context.of(http.scope).model = card.name
+        tokenizer = service.pool.tokenizer(card.name)
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            ids = await encode_text(body.prompt, tokenizer, add_special_tokens=special)
+        elif body.add_special_tokens:
+            raise InvalidRequest("the chat template writes the special tokens", param="add_special_tokens")
+        else:
+            ids = await encode_chat(body, tokenizer)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids}
+        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+        return _json(answer)
+
+    @router.post("/detokenize", tags=["tokens"], summary="Token ids to text", openapi_extra=_body("DetokenizeRequest"))
+    async def detokenize(http: Request) -> Response:
+        body = schemas.parse_detokenize(await http.body())
+        card = service.text_model(body.model)
+        context.of(http.scope).model = card.name
+        tokenizer = service.pool.tokenizer(card.name)
+        if body.tokens and max(body.tokens) >= card.vocab_size:
+            raise InvalidRequest(f"tokens holds {max(body.tokens)}; {card.name} has {card.vocab_size}", param="tokens")
+        if len(body.tokens) <= LONG_TOKENS:
+            return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
+
+    return router
+
+
+def _json(value: Any) -> Response:
+    return Response(encode_json(value), media_type="application/json")
+
+
+def _entries(card: ModelCard) -> list[dict[str, Any]]:
+    """OpenAI's Model, for the name and every alias; vLLM's `root` and `max_model_len` beside it."""
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "created": card.created,
+            "owned_by": "tandem",
+            "root": card.name,
+            "parent": None,
+            "max_model_len": card.max_model_len,
+        }
+        for name in (card.name, *card.aliases)
+    ]
+
+
+def _body(schema: str) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
