@@ -222,7 +222,9 @@ class FakeTokenScheduler:
             while len(self.free) < len(only.token_ids) or len(self.running) == self.max_num_seqs:
                 self._preempt(self.running[-1])
             self._admit(only)
-        for seq in [only] if only is not None else list(self.running):
+        if only is not None:
+            self.running.sort(key=lambda seq: seq is not only)  # first is safe from preemption
+        for seq in self.running[:] if only is None else [only]:
             if seq in self.running and left:
                 left -= self._grow(seq, left, rows)
         while (

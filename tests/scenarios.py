@@ -6,6 +6,7 @@ from typing import Any
 
 from contract import Arrival
 from fakes import (
+    EOS,
     VOCAB,
     FakeDenoiseRunner,
     FakeDenoiseScheduler,
@@ -19,6 +20,8 @@ from fakes import (
 )
 
 from serve.engine.job import Job
+from serve.text.kv_cache import KVCache
+from serve.text.scheduler import TokenScheduler
 
 
 def prompt_of(arrival: Arrival) -> list[int]:
@@ -59,6 +62,49 @@ class FakeTokens:
     def check_all_free(self) -> None:
         assert len(self.scheduler.free) == self.scheduler.num_cells
         assert not self.runner.sampled and not self.runner.in_flight
+
+
+class Tokens:
+    """The real scheduler with prefix sharing: small blocks, too few of them for all, prompts that begin alike."""
+
+    max_jobs = 4
+    max_work = 9
+    patience = 12
+    is_strict = False  # who waits for a prefix that another one computes is overtaken
+    has_prefix_caching = True
+
+    def __init__(self) -> None:
+        self.saboteur = Saboteur()
+        self.cache = KVCache(num_blocks=11, block_size=3, enable_prefix_caching=self.has_prefix_caching)
+        self.scheduler = TokenScheduler(
+            self.cache,
+            max_num_seqs=4,
+            max_num_batched_tokens=9,
+            max_model_len=64,
+            eos_token_ids=[EOS],
+            vocab_size=VOCAB,
+        )
+        self.runner = FakeTokenRunner(block_size=3, saboteur=self.saboteur)
+
+    job = FakeTokens.job
+    expected = FakeTokens.expected
+    flatten = FakeTokens.flatten
+
+    def check_conserved(self) -> None:
+        running = [block for seq in self.scheduler._running for block in seq.blocks]
+        dying = [block for tables in self.scheduler._freed_with.values() for table in tables for block in table]
+        assert self.cache.num_free + len({*running, *dying}) == self.cache.num_blocks
+
+    def check_all_free(self) -> None:
+        assert self.cache.num_free == self.cache.num_blocks
+        assert not self.runner.sampled and not self.runner.in_flight
+
+
+class TokensUnshared(Tokens):
+    """The real scheduler without prefix sharing: strictly by policy."""
+
+    is_strict = True
+    has_prefix_caching = False
 
 
 class FakeLatents:

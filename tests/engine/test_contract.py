@@ -1,4 +1,4 @@
-"""The engine's contract, over random plans, for both shapes of scheduler and at every depth."""
+"""The engine's contract, over random plans, for both shapes of fake and for the token scheduler, at every depth."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from contract import DEPTHS, PROPERTIES, Plan, Scenario, Trace, plans, simulate
 from hypothesis import given, settings
-from scenarios import FakeLatents, FakeTokens
+from scenarios import FakeLatents, FakeTokens, Tokens, TokensUnshared
 
-SCENARIOS: list[Callable[[], Scenario]] = [FakeTokens, FakeLatents]
+SCENARIOS: list[Callable[[], Scenario]] = [FakeTokens, FakeLatents, Tokens, TokensUnshared]
 
 
 @pytest.fixture(scope="module", autouse=True)
