@@ -18,6 +18,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from serve.errors import RequestFailed
@@ -259,16 +260,20 @@ def _keep_nuclei_(scores_RV: torch.Tensor, top_p_R1: torch.Tensor) -> torch.Tens
 
 
 def _keep_nucleus_(scores_V: torch.Tensor, top_p: float) -> None:
-    """The same for one row without sorting all of it.
+    """The same for one row without sorting all of it: the likeliest tokens that hold `top_p` together are enough.
 
-    Tokens less likely than the best by a factor of V / (1 - top_p) hold together at most (1 - top_p) of the mass, so
-    the nucleus lies within the others: a few hundred of a trained model's, where a sort of 32000 takes 2.4 ms.
+    numpy's sort is vectorised, torch's on CPU is not (0.6 against 2.4 ms for 32000).
     """
     logprobs_V = scores_V.log_softmax(-1)
-    window = math.log(len(scores_V) / max(1.0 - top_p, 1e-7))
-    near = logprobs_V[logprobs_V >= logprobs_V.amax() - window].sort(descending=True).values
+    values_V = logprobs_V.numpy()
+    best = values_V.max()
+    for width in (3.0, 6.0, 8.0, 10.0, np.inf):
+        near = values_V[values_V >= best - width]
+        if np.exp(near).sum() >= top_p:
+            break
     if not len(near):
         return  # NaN: `Sampled.finite_R` says so
-    probs = near.exp()
-    kept = int((probs.cumsum(0).sub_(probs) < top_p).count_nonzero())
-    scores_V.masked_fill_(logprobs_V < near[max(kept - 1, 0)], -math.inf)
+    near = np.sort(near)[::-1]
+    probs = np.exp(near)
+    kept = int(np.count_nonzero(np.cumsum(probs) - probs < top_p))
+    scores_V.masked_fill_(logprobs_V < float(near[max(kept - 1, 0)]), -math.inf)
