@@ -1,0 +1,158 @@
+"""Every attention backend equals the sdpa reference on the same steps, and a sequence does not feel its mates."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
+from models.attention.build import make_attention
+
+FAST = ("cpu",)
+NUM_BLOCKS = 96
+HEADS = ((4, 2, 16), (4, 4, 32), (6, 1, 64), (16, 8, 128))
+TOLERANCE = {
+    torch.float32: {"atol": 2e-6, "rtol": 1e-5},  # sums over at most 600 keys
+    torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},  # eight bits of mantissa on values of size one
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def spec_of(kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int = 16) -> KVCacheSpec:
+    return KVCacheSpec(1, kv_heads, head_dim, block_size, dtype, torch.device("cpu"))
+
+
+class Steps:
+    """Random steps over some sequences whose blocks are scattered; the same ones for every backend."""
+
+    def __init__(self, spec: KVCacheSpec, num_heads: int, seed: int = 0):
+        self.spec, self.num_heads = spec, num_heads
+        self.generator = torch.Generator().manual_seed(seed)
+        self.free = torch.randperm(NUM_BLOCKS, generator=self.generator).tolist()
+        self.tables: dict[str, list[int]] = {}
+        self.lengths: dict[str, int] = {}
+
+    def next(self, new: dict[str, int]) -> tuple[TokenLayout, torch.Tensor, torch.Tensor, torch.Tensor]:
+        layout = TokenLayout(
+            num_new=list(new.values()),
+            num_computed=[self.lengths.get(name, 0) for name in new],
+            block_tables=[self.tables.setdefault(name, []) for name in new],
+        )
+        for name, num in new.items():
+            self.lengths[name] = self.lengths.get(name, 0) + num
+            while len(self.tables[name]) * self.spec.block_size < self.lengths[name]:
+                self.tables[name].append(self.free.pop())
+        total, kv_heads, head_dim = sum(new.values()), self.spec.num_kv_heads, self.spec.head_dim
+        q, k, v = (
+            torch.randn(total, heads, head_dim, generator=self.generator).to(self.spec.dtype)
+            for heads in (self.num_heads, kv_heads, kv_heads)
+        )
+        return layout, q, k, v
+
+
+SCHEDULE: list[dict[str, int]] = [
+    {"a": 40, "b": 1},
+    {"a": 1, "b": 1, "c": 300},
+    {"c": 1, "d": 17, "a": 1, "b": 30},
+    {"a": 1, "b": 1, "c": 1, "d": 1},
+    {"d": 1, "c": 280, "a": 1},
+    {"b": 1, "a": 1, "d": 1, "c": 1},
+]
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("window", [None, 7, 64])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backend_equals_the_reference(
+    name: str, window: int | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    spec = spec_of(kv_heads, head_dim, dtype)
+    compare(make_attention(name, spec, heads), spec, heads, window)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 24, 32])
+def test_backend_equals_the_reference_at_any_block_size(name: str, block_size: int) -> None:
+    spec = spec_of(2, 16, torch.float32, block_size)
+    schedule = [{"a": 20, "b": 1}, {"a": 1, "b": 1, "c": 9}, {"c": 1, "a": 1, "b": 1}]
+    compare(make_attention(name, spec, 4), spec, 4, 10, schedule)
+
+
+def test_several_groups_of_decodes_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.attention import cpu
+
+    monkeypatch.setattr(cpu, "_GROUP_BYTES", 20 * 16 * 2 * 2 * 16 * 4)
+    spec = spec_of(2, 16, torch.float32)
+    compare(make_attention("cpu", spec, 4), spec, 4, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -> None:
+    """Over sizes where MKL's float32 kernels agree too; for bfloat16 it holds wherever it was tried."""
+    spec = spec_of(2, 32, dtype)
+    lengths = {"a": 33, "b": 290, "c": 64, "d": 5}
+    alone = {name: decode_with({name: lengths[name]}, spec)[name] for name in lengths}
+    for size in (2, 3, 4):
+        for mates in itertools.combinations(lengths, size):
+            for name, out in decode_with({mate: lengths[mate] for mate in mates}, spec).items():
+                assert torch.equal(out, alone[name]), f"{name} among {mates}"
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_blocks_of_a_poisoned_sequence_are_safe_to_reuse(name: str) -> None:
+    spec = spec_of(2, 16, torch.float32)
+    attention = make_attention(name, spec, 4)
+    (cache,) = attention.allocate(4)
+    ones = torch.ones(64, 2, 16)
+    poisoned = TokenLayout(num_new=[64], num_computed=[0], block_tables=[[0, 1, 2, 3]])
+    nan = float("nan")
+    attention.attend(torch.ones(64, 4, 16), ones * nan, ones * nan, cache, attention.plan(poisoned), scale=1.0)
+    for start, num in ((0, 18), (18, 1), (19, 14), (33, 1)):
+        layout = TokenLayout(num_new=[num], num_computed=[start], block_tables=[[2, 0, 1]])
+        out = attention.attend(torch.ones(num, 4, 16), ones[:num], ones[:num], cache, attention.plan(layout), scale=1.0)
+        torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def compare(
+    attention: AttentionBackend,
+    spec: KVCacheSpec,
+    heads: int,
+    window: int | None,
+    schedule: list[dict[str, int]] = SCHEDULE,
+) -> None:
+    reference = make_attention("sdpa", spec, heads)
+    steps = Steps(spec, heads)
+    (ours,), (theirs,) = attention.allocate(NUM_BLOCKS), reference.allocate(NUM_BLOCKS)
+    for new in schedule:
+        layout, q, k, v = steps.next(new)
+        out = attention.attend(q, k, v, ours, attention.plan(layout), scale=0.3, window=window)
+        expected = reference.attend(q, k, v, theirs, reference.plan(layout), scale=0.3, window=window)
+        torch.testing.assert_close(out, expected, **TOLERANCE[spec.dtype])
+
+
+def decode_with(lengths: dict[str, int], spec: KVCacheSpec) -> dict[str, torch.Tensor]:
+    """out of one decode step of these sequences together, whose contents depend on their names only."""
+    attention = make_attention("cpu", spec, 4)
+    (cache,) = attention.allocate(NUM_BLOCKS)
+    steps = Steps(spec, 4, seed=3)
+    queries = []
+    for name, length in lengths.items():
+        steps.generator.manual_seed(ord(name))
+        layout, q, k, v = steps.next({name: length})
+        attention.attend(q, k, v, cache, attention.plan(layout), scale=0.3)
+        queries.append(steps.next({name: 1})[1:])
+    layout = TokenLayout(
+        num_new=[1] * len(lengths),
+        num_computed=list(lengths.values()),
+        block_tables=[steps.tables[name] for name in lengths],
+    )
+    q, k, v = (torch.cat(parts) for parts in zip(*queries, strict=True))
+    out = attention.attend(q, k, v, cache, attention.plan(layout), scale=0.3)
+    return dict(zip(lengths, out, strict=True))
