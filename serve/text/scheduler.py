@@ -176,20 +176,21 @@ class TokenScheduler:
         smallest_start = left // 8
         for seq, num_new in prefills.items():
             left -= self._share(plan, seq, num_new, left)
-        while not is_short and left and len(self._running) < self.max_num_seqs and self._waiting:
-            seq = self._waiting.peek()
-            assert seq is not None
-            cached = self._find(seq)
-            if seq.is_scored and self._claims.park(seq, self._usable_hashes(seq), len(cached)):
-                self._waiting.remove(seq)
+        while not is_short and left and len(self._running) < self.max_num_seqs:
+            first = self._waiting.peek()
+            if first is None:
+                break
+            cached = self._find(first)
+            if first.is_scored and self._claims.park(first, self._usable_hashes(first), len(cached)):
+                self._waiting.remove(first)
                 continue
-            num_new = len(seq.token_ids) - len(cached) * block_size
+            num_new = len(first.token_ids) - len(cached) * block_size
             if left < num_new and (left + 1) // 2 < smallest_start:
                 break
-            if not self._admit(seq, cached, self._watermark if self._running else 0):
+            if not self._admit(first, cached, self._watermark if self._running else 0):
                 break
-            prefills[seq] = num_new
-            left -= self._share(plan, seq, num_new, left)
+            prefills[first] = num_new
+            left -= self._share(plan, first, num_new, left)
         for seq, num_new in prefills.items():  # what nobody behind could use
             if not left:
                 break
@@ -199,21 +200,17 @@ class TokenScheduler:
         return plan
 
     def _plan_alone(self, seq: Sequence) -> dict[Sequence, int]:
+        """Nothing is in flight, so what a victim holds comes free at once."""
         if self._claims.unpark(seq):
             self._waiting.add(seq)
         if seq in self._waiting:
             cached = self._find(seq)
             while len(self._running) >= self.max_num_seqs or not self._admit(seq, cached, 0):
-                if self._freed_with:
-                    return {}
                 self._preempt(self._victim())
-        num_new = min(self._num_wanted(seq), self.max_num_batched_tokens)
-        if num_new < 1:
-            return {}
-        is_full = seq.num_scheduled == len(seq.blocks) * self.kv_cache.block_size
-        if is_full and not self.kv_cache.extend(seq.blocks) and not self._make_room(seq, {}):
-            return {}
-        return {seq: num_new}
+        if seq.num_scheduled == len(seq.blocks) * self.kv_cache.block_size:
+            while not self.kv_cache.extend(seq.blocks):
+                self._preempt(self._victim(spare=seq))
+        return {seq: min(self._num_wanted(seq), self.max_num_batched_tokens)}
 
     @staticmethod
     def _num_wanted(seq: Sequence) -> int:
@@ -272,8 +269,9 @@ class TokenScheduler:
                 return False
         return True
 
-    def _victim(self) -> Sequence:
-        return min(reversed(self._running), key=self._cost_of_preempting)  # of equals the one admitted last
+    def _victim(self, spare: Sequence | None = None) -> Sequence:
+        candidates = (seq for seq in reversed(self._running) if seq is not spare)
+        return min(candidates, key=self._cost_of_preempting)  # of equals the one admitted last
 
     def _cost_of_preempting(self, seq: Sequence) -> tuple[float, float]:
         """Urgency in whole priority levels, waiting included (so nobody is the victim for ever), then loss per gain."""
@@ -318,7 +316,8 @@ class TokenScheduler:
             if end >= (seq.num_published + 1) * block_size:
                 self._publish(seq)
             prompt_logprobs = None if seq.prompt_logprobs is None else self._score(seq, row, scores)
-            finish, token_ids = None, ()
+            finish: FinishReason | None = None
+            token_ids: tuple[int, ...] = ()
             if row.samples:
                 assert token_id is not None
                 seq.num_pending -= 1

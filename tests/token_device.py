@@ -1,0 +1,115 @@
+"""A fake device for tokens: no model, but a memory. What it samples is a hash of the tokens it finds in the blocks.
+
+A scheduler that shares, frees or reuses a block wrongly makes it read other tokens than the sequence's own, and the
+outputs differ from `tokens_alone`. Batches are computed when they are collected, as late as a real device may.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from zlib import crc32
+
+from serve.engine.interface import DeviceFault
+from serve.events import TokenLogprobs
+from serve.request import SamplingParams
+from serve.text.sequence import PENDING, Sequence, TokenBatch, TokenOutput
+
+VOCAB = 13
+EOS = 0
+
+
+def next_token(token_ids: list[int], seed: int) -> int:
+    return crc32(array("i", token_ids).tobytes(), seed) % VOCAB
+
+
+def logprob_of(token_ids: list[int]) -> TokenLogprobs:
+    """Of the last token, given those before it."""
+    return TokenLogprobs(token_ids[-1], -crc32(array("i", token_ids).tobytes()) / 2**32, 1)
+
+
+def tokens_alone(prompt: list[int], sampling: SamplingParams) -> list[int]:
+    """The oracle: what a sequence generates, by the definition of its parameters."""
+    end_ids = {*sampling.stop_token_ids} | (set() if sampling.ignore_eos else {EOS})
+    output: list[int] = []
+    while len(output) < sampling.max_tokens:
+        token_id = next_token(prompt + output, sampling.seed)
+        if token_id in end_ids and len(output) >= sampling.min_tokens:
+            break
+        output.append(token_id)
+    return output
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """A breach of the scheduler's contract ends the engine, where an AssertionError would count as a failing batch."""
+    if not holds:
+        raise DeviceFault(otherwise)
+
+
+class TokenDevice:
+    """A `Runner`. `fails(batch)` decides whether computing a batch raises."""
+
+    def __init__(self, num_blocks: int, block_size: int, fails: Callable[[TokenBatch], bool] = lambda batch: False):
+        self.block_size = block_size
+        self.batches: list[TokenBatch] = []
+        self.num_checks = 0
+        self._fails = fails
+        self._memory: list[int | None] = [None] * (num_blocks * block_size)
+        self._last: dict[str, int] = {}
+        self._unsettled: list[tuple[TokenBatch, list[list[int]]]] = []
+
+    def submit(self, batch: TokenBatch) -> tuple[TokenBatch, list[list[int]]]:
+        self.batches.append(batch)
+        require(bool(batch.rows), "an empty batch")
+        tables = []
+        for row in batch.rows:
+            end = row.start + len(row.token_ids)
+            require(bool(row.token_ids), "a row without tokens")
+            require(PENDING not in row.token_ids[:-1], "a pending token that is not the last")
+            require(PENDING not in row.token_ids or not row.job.sampling.needs_history, "a history with a gap")
+            tables.append(row.block_table[: -(-end // self.block_size)])
+            require(len(tables[-1]) * self.block_size >= end, "a row without room")
+        for earlier, earlier_tables in self._unsettled:
+            for a, a_table in zip(earlier.rows, earlier_tables):
+                written = set(a_table[a.start // self.block_size :])
+                for b, b_table in zip(batch.rows, tables):
+                    is_safe = a.job is b.job or not written & set(b_table)
+                    require(is_safe, "a block that a step in flight may still write")
+        self._unsettled.append((batch, tables))
+        return self._unsettled[-1]
+
+    def collect(self, handle: tuple[TokenBatch, list[list[int]]]) -> TokenOutput:
+        batch, tables = self._unsettled.pop(0)
+        require(batch is handle[0], "collected out of order")
+        if self._fails(batch):
+            raise RuntimeError("this batch fails")
+        slots = [[block * self.block_size + i for block in table for i in range(self.block_size)] for table in tables]
+        for row, slots_of_row in zip(batch.rows, slots):
+            for position, token_id in enumerate(row.token_ids, row.start):
+                self._memory[slots_of_row[position]] = self._last.get(row.job.id) if token_id == PENDING else token_id
+        output = TokenOutput([], [], [])
+        for row, slots_of_row in zip(batch.rows, slots):
+            seen = [self._memory[slot] for slot in slots_of_row[: row.start + len(row.token_ids)]]
+            known = [-2 if token_id is None else token_id for token_id in seen]
+            token_id = next_token(known, row.job.sampling.seed) if row.samples else None
+            if token_id is not None:
+                require(row.sample_position == len(known), "a wrong position of the random stream")
+                self._last[row.job.id] = token_id
+            wants_logprobs = row.samples and row.job.sampling.logprobs is not None
+            output.token_ids.append(token_id)
+            output.logprobs.append(logprob_of([*known, token_id]) if wants_logprobs and token_id is not None else None)
+            output.prompt_logprobs.append(self._scores(row.job, known, row.start) if row.scores_prompt else None)
+        return output
+
+    @staticmethod
+    def _scores(job: Sequence, known: list[int], start: int) -> list[TokenLogprobs]:
+        return [
+            logprob_of([*known[: position + 1], job.token_ids[position + 1]])
+            for position in range(start, min(len(known), job.num_prompt - 1))
+        ]
+
+    def release(self, job_id: str) -> None:
+        self._last.pop(job_id, None)
+
+    def check(self) -> None:
+        self.num_checks += 1
