@@ -6,7 +6,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
-from importlib import resources
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,6 +13,7 @@ from serve.errors import Draining, Unavailable
 from serve.gateway.docs import docs_page
 from serve.gateway.service import Service
 from serve.gateway.wire import encode_json
+from serve.playground.page import render as playground_page
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -21,6 +21,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def page_routes(service: Service, render_metrics: Callable[[], Awaitable[str]]) -> APIRouter:
     """`/livez /readyz /health /metrics /docs /`."""
     router = APIRouter()
+    page = playground_page()
 
     @router.get("/livez", tags=["health"], summary="The process answers")
     async def livez() -> Response:
@@ -48,7 +49,7 @@ def page_routes(service: Service, render_metrics: Callable[[], Awaitable[str]]) 
 
     @router.get("/", include_in_schema=False)
     async def playground() -> Response:
-        return html_page(resources.files("serve").joinpath("playground/index.html").read_text(encoding="utf-8"))
+        return html_page(page)
 
     return router
 

@@ -1,4 +1,4 @@
-"""The playground in headless Chromium, under its own security policy, against a server that answers like OpenAI's."""
+"""The playground in headless Chromium, under the gateway's policy, against a server that speaks OpenAI's API."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from serve.gateway.pages import html_page
 from serve.playground import page
 
 pytestmark = [
@@ -51,9 +52,7 @@ class FakeServer:
         return Starlette(routes=routes)
 
     async def index(self, request: Request) -> Response:
-        whole = page.load()
-        headers = {"content-security-policy": whole.content_security_policy}
-        return Response(whole.html, media_type="text/html; charset=utf-8", headers=headers)
+        return html_page(page.render())
 
     async def models(self, request: Request) -> Response:
         if (refusal := self.refused(request)) is not None:
