@@ -1,0 +1,100 @@
+"""One gateway: pool, application, server and its place at the hub. A child process or a Ray Serve replica holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serve.channel import Carrier, ChannelClient
+from serve.errors import EngineDead
+from serve.gateway.app import build_app
+from serve.gateway.auth import LOOPBACK_NAMES, Keys, check_exposure
+from serve.gateway.drain import Drain
+from serve.gateway.pool import Pool
+from serve.gateway.server import GatewayServer
+from serve.gateway.telemetry import Telemetry
+from serve.hub import HubClient, ReplicaEntry
+from serve.metrics import Recorder
+from serve.options import GatewayOptions
+from serve.request import ModelCard
+
+
+class Gateway:
+    """Start, drain, close. `carrier_for` says how a request reaches a replica when not over the channel itself."""
+
+    def __init__(
+        self,
+        options: GatewayOptions,
+        *,
+        gateway_id: str,
+        secret: bytes,
+        hub_address: str,
+        carrier_for: Callable[[ReplicaEntry], Carrier | None] = lambda entry: None,
+    ) -> None:
+        self._options = options
+        self._gateway_id = gateway_id
+        self._secret = secret
+        self._hub_address = hub_address
+        self._carrier_for = carrier_for
+        self._pool = Pool(self._connect)
+        self._recorder = Recorder(gateway_id, "gateway")
+        self._drain = Drain()
+        self._hub: HubClient | None = None
+        self._server: GatewayServer | None = None
+
+    async def start(self) -> str:
+        """Listen and follow the hub; the URL. Models join as their replicas do. Raises ConfigError."""
+        keys = Keys.load(self._options)
+        check_exposure(self._options, keys)
+        hub = self._hub = await HubClient.connect(
+            self._hub_address, secret=self._secret, process=self._gateway_id, recorder=self._recorder
+        )
+        hub.watch(self._pool.update)
+        app = build_app(self._pool, self._options, self._recorder, hub.render, keys=keys, drain=self._drain)
+        self._server = GatewayServer(
+            app,
+            self._options,
+            self._drain,
+            refused_connection=Telemetry(self._recorder).refused_connection,
+        )
+        host, port = await self._server.start()
+        return _url(self._options.host, host, port)
+
+    def cards(self) -> list[ModelCard]:
+        """The models this gateway has met."""
+        return self._pool.cards()
+
+    def check_health(self) -> None:
+        """Raise when this process should be replaced."""
+        if self._server is None or not self._server.is_listening:
+            raise EngineDead("the gateway's server has stopped")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Readiness false at once, new work refused, what runs finished: at most `timeout_s`, then ended with an error."""
+        if self._server is not None:
+            await self._server.drain(timeout_s)
+
+    async def aclose(self) -> None:
+        """Close sockets and connections; what still runs is cancelled."""
+        if self._server is not None:
+            await self._server.aclose()
+        await self._pool.aclose()
+        if self._hub is not None:
+            await self._hub.aclose()
+
+    async def _connect(self, entry: ReplicaEntry, on_lost: Callable[[], None]) -> ChannelClient:
+        return await ChannelClient.connect(
+            entry.address,
+            secret=self._secret,
+            gateway_id=self._gateway_id,
+            on_lost=on_lost,
+            carrier=self._carrier_for(entry),
+        )
+
+
+def _url(asked: str, host: str, port: int) -> str:
+    """An address to call: loopback for a socket on all interfaces."""
+    if asked in LOOPBACK_NAMES:
+        shown = asked
+    else:
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -1,0 +1,296 @@
+"""A backend without a model, and a gateway over it: for tests of everything between HTTP and replicas.
+
+`FakeBackend` answers with the tokens it is given, one list of events whenever its stream is read: a step. `gate` makes the
+steps wait, `fail_after` and `refusal` make it fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from tiny import EOS, tiny_tokenizer
+
+from serve.backend import EventStream, Load
+from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, TokenLogprobs, Usage
+from serve.gateway.app import build_app
+from serve.gateway.drain import Drain
+from serve.gateway.pool import Pool
+from serve.metrics import Recorder, render
+from serve.options import GatewayOptions
+from serve.request import ModelCard, TextRequest
+
+
+@cache
+def bundle() -> dict[str, bytes]:
+    """The files of the tiny byte-level tokenizer, without a folder."""
+    tokenizer = tiny_tokenizer()
+    config = {"eos_token": tokenizer.eos_token, "pad_token": EOS, "chat_template": tokenizer.chat_template}
+    return {
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+
+
+def ids(text: str) -> list[int]:
+    return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def card(name: str = "tiny", **fields: Any) -> ModelCard:
+    values: dict[str, Any] = {
+        "kind": "text", "source": "memory", "device": "cpu", "dtype": "float32", "num_parameters": 1000,
+        "max_model_len": 256, "kv_cache_tokens": 4096, "vocab_size": len(tiny_tokenizer()), "threads": 1,
+        "load_s": 0.1, "created": 1_700_000_000, "aliases": ("small",),
+    }  # fmt: skip
+    return ModelCard(name=name, **{**values, **fields})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """As `serve.hub.ReplicaEntry`."""
+
+    replica_id: str
+    model: str
+    kind: str = "text"
+    address: str = "memory"
+
+
+@dataclass
+class FakeBackend:
+    """What `ChannelClient` is to the gateway."""
+
+    reply: Sequence[int] | Callable[[TextRequest], Sequence[int]] = field(default_factory=lambda: ids("Hello there!"))
+    card: ModelCard = field(default_factory=card)
+    replica_id: str = "replica-0"
+    is_alive: bool = True
+    refusal: Exception | None = None
+    fail_after: tuple[int, Exception] | None = None
+    """Raise this after so many events."""
+    tokens_per_step: int = 1
+    num_cached: int = 0
+    gate: asyncio.Event | None = None
+    """Steps wait for it."""
+    requests: list[TextRequest] = field(default_factory=list)
+    open: set[FakeStream] = field(default_factory=set)
+    num_cancelled: int = 0
+    num_closed: int = 0
+
+    @property
+    def bundle(self) -> dict[str, bytes]:
+        return bundle()
+
+    async def submit(self, request: TextRequest) -> EventStream:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        stream = FakeStream(self, request)
+        self.open.add(stream)
+        return stream
+
+    def load(self) -> Load:
+        return Load(running=len(self.open))
+
+    async def check_health(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def aclose(self) -> None:
+        self.num_closed += 1
+
+
+class FakeStream:
+    """One accepted request."""
+
+    def __init__(self, backend: FakeBackend, request: TextRequest) -> None:
+        self._backend = backend
+        reply = backend.reply(request) if callable(backend.reply) else backend.reply
+        self._events = self._script(request, list(reply))
+        self._num_read = 0
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        await asyncio.sleep(0)
+        if self._backend.gate is not None:
+            await self._backend.gate.wait()
+        if self._backend.fail_after is not None and self._num_read >= self._backend.fail_after[0]:
+            self._backend.open.discard(self)
+            raise self._backend.fail_after[1]
+        if not self._events:
+            self._backend.open.discard(self)
+            raise StopAsyncIteration
+        self._num_read += 1
+        events = self._events.pop(0)
+        if not self._events:
+            self._backend.open.discard(self)
+        return events
+
+    async def aclose(self) -> None:
+        if self in self._backend.open:
+            self._backend.open.discard(self)
+            self._backend.num_cancelled += 1
+
+    def _script(self, request: TextRequest, reply: list[int]) -> list[list[Event]]:
+        """All events, one list a step."""
+        sampling, size = request.sampling, self._backend.tokens_per_step
+        kept = reply[: sampling.max_tokens]
+        reason = FinishReason.LENGTH if len(reply) >= sampling.max_tokens else FinishReason.STOP
+        usage = Usage(len(request.prompt_token_ids), len(kept), self._backend.num_cached)
+        steps: list[list[Event]] = []
+        for start in range(0, len(kept), size):
+            new = tuple(kept[start : start + size])
+            logprobs = tuple(scored(token_id, sampling.logprobs) for token_id in new)
+            cached = self._backend.num_cached if start == 0 else None
+            told = logprobs if sampling.logprobs is not None else None
+            steps.append([TokenDelta(index, new, told, num_cached=cached) for index in range(request.n)])
+        steps = steps or [[]]
+        if request.prompt_logprobs is not None:
+            rest = request.prompt_token_ids[1:]
+            entries = (None, *(scored(token_id, request.prompt_logprobs) for token_id in rest))
+            steps[0].insert(0, PromptScored(entries))
+        steps[-1] += [Finished(index, reason, usage) for index in range(request.n)]
+        return steps
+
+
+def scored(token_id: int, num_top: int | None) -> TokenLogprobs:
+    """The token at one half, then its neighbours; infinitely unlikely ones too."""
+    top = [(token_id, math.log(0.5)), ((token_id + 1) % 256, -2.0), ((token_id + 2) % 256, -math.inf)]
+    return TokenLogprobs(token_id, math.log(0.5), 1, tuple(top[: num_top or 0]))
+
+
+@dataclass
+class FakeGateway:
+    """The application over fake replicas, without a socket."""
+
+    app: Any
+    pool: Pool
+    drain: Drain
+    recorder: Recorder
+    backends: list[FakeBackend]
+
+    @property
+    def backend(self) -> FakeBackend:
+        return self.backends[0]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series with these labels."""
+        total = 0.0
+        for line in render([self.recorder.snapshot()]).splitlines():
+            if line.startswith(name + "{") and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+
+@contextlib.asynccontextmanager
+async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[FakeGateway]:
+    """A gateway over `backends` (one by default), all joined."""
+    replicas = list(backends) or [FakeBackend()]
+    by_id = {replica.replica_id: replica for replica in replicas}
+
+    async def connect(entry: Any, on_lost: Callable[[], None]) -> FakeBackend:
+        return by_id[entry.replica_id]
+
+    pool = Pool(connect)
+    pool.update([Entry(replica.replica_id, replica.card.name) for replica in replicas])
+    await joined(pool, len(replicas))
+    drain, recorder = Drain(), Recorder("gateway-0", "gateway")
+
+    async def metrics() -> str:
+        return render([recorder.snapshot()])
+
+    app = build_app(pool, GatewayOptions(**options), recorder, metrics, drain=drain)
+    try:
+        yield FakeGateway(app, pool, drain, recorder, replicas)
+    finally:
+        await pool.aclose()
+
+
+async def joined(pool: Pool, num_replicas: int) -> None:
+    """Wait until so many replicas are up."""
+    async with asyncio.timeout(10):
+        while sum(member.remote is not None for member in pool._members.values()) < num_replicas:
+            await asyncio.gather(*(member.joining for member in pool._members.values() if member.joining))
+
+
+@dataclass
+class Reply:
+    """What an ASGI application sent."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    parts: list[bytes] = field(default_factory=list)
+    is_complete: bool = False
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.parts)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def data(self) -> list[str]:
+        """The payloads of the server-sent events."""
+        lines = self.body.decode().split("\n\n")
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+    def chunks(self) -> list[Any]:
+        return [json.loads(text) for text in self.data() if text != "[DONE]"]
+
+
+class Client:
+    """Drives an ASGI application by hand: sees every part as it is sent, and can leave at any time."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self.reply = Reply()
+        self.left = asyncio.Event()
+        self.sent = asyncio.Condition()
+
+    async def request(
+        self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """Send one request and return the answer when it is complete (or the client has left)."""
+        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        fields = {"host": "localhost", "content-type": "application/json", **(headers or {})}
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+            "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 5), "state": {},
+            "headers": [(key.lower().encode(), value.encode("latin-1")) for key, value in fields.items()],
+        }  # fmt: skip
+        messages = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop(0)
+            await self.left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            async with self.sent:
+                if message["type"] == "http.response.start":
+                    self.reply.status = message["status"]
+                    self.reply.headers = {key.decode(): value.decode() for key, value in message["headers"]}
+                else:
+                    self.reply.parts.append(message.get("body", b""))
+                    self.reply.is_complete = not message.get("more_body", False)
+                self.sent.notify_all()
+
+        await self._app(scope, receive, send)
+        return self.reply
+
+    async def until(self, condition: Callable[[Reply], bool]) -> None:
+        async with asyncio.timeout(10), self.sent:
+            await self.sent.wait_for(lambda: condition(self.reply))
+
+
+async def call(gateway: FakeGateway, path: str, body: Any = None, **options: Any) -> Reply:
+    method = options.pop("method", "GET" if body is None else "POST")
+    return await Client(gateway.app).request(method, path, body, **options)
