@@ -65,8 +65,13 @@ def build_engine(
     observer: Observer | None = None,
     progress: bool = True,
     on_death: Callable[[BaseException], None] | None = None,
+    depth: int | None = None,
 ) -> tuple[TextEngine, ModelCard]:
-    """The same up to an engine that nobody steps yet, and the card of its model."""
+    """The same up to an engine that nobody steps yet, and the card of its model.
+
+    `depth`: steps in flight. None: 1 on CUDA, which computes while the host prepares; 0 on CPU, where it would gain
+    nothing.
+    """
     started = time.monotonic()
     folder = resolve_text_model(options)
     device = choose_device(options)
@@ -109,7 +114,7 @@ def build_engine(
     engine: TextEngine = Engine(
         scheduler,
         runner,
-        depth=1 if device.type == "cuda" else 0,
+        depth=int(device.type == "cuda") if depth is None else depth,
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
         observer=observer,

@@ -136,7 +136,7 @@ class TokenRunner:
                 last.append(len(ids) - 1)
         sampling = [row for row in rows if row.samples] if len(last) < len(rows) else rows
         num_tokens = len(ids)
-        pending = self._pending(ids, rows) if self._is_async else None
+        pending = self._pending(ids, rows)
 
         packed = self._to_device(ids + positions + last)
         ids_T, positions_T, last_R = packed.split([num_tokens, num_tokens, len(last)])

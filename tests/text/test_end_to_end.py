@@ -67,7 +67,7 @@ def expected(family) -> list[list[int]]:
     ]
 
 
-def build(folder: Path, *, num_blocks: int = 200, **values) -> TextEngine:
+def build(folder: Path, *, num_blocks: int = 200, depth: int = 0, **values) -> TextEngine:
     size = BLOCK_BYTES[folder.name.removeprefix("tiny-")] * num_blocks
     options = ModelOptions(
         model=str(folder),
@@ -76,7 +76,7 @@ def build(folder: Path, *, num_blocks: int = 200, **values) -> TextEngine:
         kv_cache_memory_bytes=size,
         **{"max_num_seqs": 32, **values},
     )
-    return build_engine(options, progress=False)[0]
+    return build_engine(options, progress=False, depth=depth)[0]
 
 
 def sequence(prompt: list[int], *, prompt_logprobs: int | None = None, **params) -> Sequence:
@@ -136,6 +136,19 @@ def test_sampled_tokens_are_the_same_alone_in_a_batch_after_preemption_and_in_a_
         assert [tokens(stream) for stream in run(build(folder, **SETTINGS[setting]), batch)] == alone, setting
         if "memory" in setting:
             assert sum(seq.num_preemptions for seq in batch) > 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_steps_that_overlap_change_no_token(folder, expected, setting):
+    """Depth 1 on CPU: steps are scheduled before the last one's tokens are known, as on a GPU."""
+    engine = build(folder, depth=1, **SETTINGS[setting])
+    greedy = [sequence(prompt) for prompt in PROMPTS]
+    sampled = [sequence(prompt, seed=i, **KINDS[i % len(KINDS)]) for i, prompt in enumerate(PROMPTS)]
+    alone = [sequence(prompt, seed=i, **KINDS[i % len(KINDS)]) for i, prompt in enumerate(PROMPTS)]
+    streams = run(engine, [seq for pair in zip(greedy, sampled) for seq in pair])
+    assert [tokens(stream) for stream in streams[::2]] == expected
+    assert [tokens(stream) for stream in streams[1::2]] == [tokens(run(build(folder), [seq])[0]) for seq in alone]
+    assert engine.load().memory == 0.0
 
 
 def test_another_seed_gives_another_text(folder):
