@@ -16,6 +16,8 @@ from enum import IntEnum
 
 import torch
 
+from serve.text.transfer import to_device
+
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -46,7 +48,7 @@ class GumbelNoise:
 
     def bits(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
         """32 random bits per row and token, as int32."""
-        keys_R2 = torch.tensor(keys, dtype=torch.int32, device=self._hashed_V.device)
+        keys_R2 = to_device(keys, self._hashed_V.device, torch.int32)
         x_RV = self._hashed_V.bitwise_xor(keys_R2[:, :1])
         spare_RV = torch.empty_like(x_RV)
         x_RV.mul_(0x7FEB352D)

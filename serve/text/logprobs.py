@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.events import TokenLogprobs
+from serve.text.transfer import to_host
 
 
 @dataclass(slots=True)
@@ -24,20 +25,12 @@ class Scores:
     top_logprobs_RK: torch.Tensor
 
     def to_host(self) -> Scores:
-        """Copies in pinned memory, under way until the stream is synchronised; itself on CPU."""
-        if self.token_ids_R.device.type == "cpu":
-            return self
         return Scores(
-            *(
-                torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-                for tensor in (
-                    self.token_ids_R,
-                    self.logprobs_R,
-                    self.ranks_R,
-                    self.top_ids_RK,
-                    self.top_logprobs_RK,
-                )
-            )
+            to_host(self.token_ids_R),
+            to_host(self.logprobs_R),
+            to_host(self.ranks_R),
+            to_host(self.top_ids_RK),
+            to_host(self.top_logprobs_RK),
         )
 
     def tolist(self, num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -24,6 +24,7 @@ from serve.events import TokenLogprobs
 from serve.text.logprobs import Scores, score
 from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
+from serve.text.transfer import to_device, to_host
 
 _SCORED_AT_ONCE = 1 << 24
 """Logits held at once while a prompt is scored: 64 MiB of float32."""
@@ -138,7 +139,7 @@ class TokenRunner:
         num_tokens = len(ids)
         pending = self._pending(ids, rows)
 
-        packed = self._to_device(ids + positions + last)
+        packed = to_device(ids + positions + last, self.device)
         ids_T, positions_T, last_R = packed.split([num_tokens, num_tokens, len(last)])
         if pending is not None:
             ids_T[pending[0]] = pending[1]
@@ -174,7 +175,7 @@ class TokenRunner:
                 to.append(at)
                 of.append(index[row.job.id])
                 ids[at] = 0
-        to_P, of_P = self._to_device(to + of).split(len(to))
+        to_P, of_P = to_device(to + of, self.device).split(len(to))
         return to_P, token_ids_R[of_P]
 
     def _score_prompt(self, at: int, rows: list[Row], num_new: list[int], hidden_TD: torch.Tensor) -> _PromptScores:
@@ -185,7 +186,7 @@ class TokenRunner:
         first, num_top = sum(num_new[:at]), row.job.prompt_logprobs
         size = max(1, _SCORED_AT_ONCE // self.model.spec.vocab_size)
         scores = _PromptScores(at, num_top, [])
-        next_ids = self._to_device(known)
+        next_ids = to_device(known, self.device)
         for start in range(0, len(known), size):
             stop = min(start + size, len(known))
             logits_RV = self.model.logits(hidden_TD[first + start : first + stop])
@@ -197,20 +198,21 @@ class TokenRunner:
         self, rows: list[Row], sampling: list[Row], sampled: Sampled, prompts: list[_PromptScores]
     ) -> _Flight:
         """Start the copies to the host."""
-        scores = None if sampled.scores is None else sampled.scores.to_host()
-        token_ids_R, finite_R, done = sampled.token_ids_R, sampled.finite_R, None
-        if self._is_async:
-            token_ids_R, finite_R = _to_pinned(token_ids_R), _to_pinned(finite_R)
-            for prompt in prompts:
-                prompt.slices = [(part.to_host(), _to_pinned(finite)) for part, finite in prompt.slices]
-            done = torch.cuda.Event()
-            done.record()
-        return _Flight(rows, sampling, token_ids_R, finite_R, sampled.scored, scores, prompts, done)
-
-    def _to_device(self, values: list[int]) -> torch.Tensor:
-        if not self._is_async:
-            return torch.tensor(values)
-        return torch.tensor(values, pin_memory=True).to(self.device, non_blocking=True)
+        for prompt in prompts:
+            prompt.slices = [(part.to_host(), to_host(finite)) for part, finite in prompt.slices]
+        flight = _Flight(
+            rows,
+            sampling,
+            to_host(sampled.token_ids_R),
+            to_host(sampled.finite_R),
+            sampled.scored,
+            None if sampled.scores is None else sampled.scores.to_host(),
+            prompts,
+            torch.cuda.Event() if self._is_async else None,
+        )
+        if flight.done is not None:
+            flight.done.record()
+        return flight
 
     @torch.inference_mode()
     def _canary(self) -> torch.Tensor:
@@ -218,7 +220,7 @@ class TokenRunner:
         num_tokens = min(_CANARY_TOKENS, self._block_size)
         ids = [1 + i % (self.model.spec.vocab_size - 1) for i in range(num_tokens)]
         layout = TokenLayout([num_tokens], [0], [[self._own_block]])
-        hidden_TD = self._forward(self._to_device(ids), self._to_device(list(range(num_tokens))), layout)
+        hidden_TD = self._forward(to_device(ids, self.device), to_device(range(num_tokens), self.device), layout)
         return self.model.logits(hidden_TD).cpu()
 
 
@@ -245,7 +247,3 @@ def _output(flight: _Flight) -> TokenOutput:
         [next(entries) if row.samples else None for row in rows],
         prompt_logprobs,
     )
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -26,6 +26,7 @@ from serve.request import SamplingParams
 from serve.text.gumbel import GumbelNoise, row_key
 from serve.text.logprobs import Scores, score
 from serve.text.sequence import PENDING, Row, Sequence
+from serve.text.transfer import copy_to_device, to_device
 
 _CPU_BLOCK = 1 << 16
 """Elements worked on at once on CPU: 256 KiB of float32, and as much again for the noise, fit a core's L2 cache."""
@@ -88,7 +89,7 @@ class Sampler:
             token_ids_R = _argmax(logits_RV)
         for at in range(0, len(special), self._rows_at_once):
             block = special[at : at + self._rows_at_once]
-            index = torch.tensor(block, device=self._device)
+            index = to_device(block, self._device)
             scores_RV = self._process(
                 logits_RV[index],
                 [rows[i] for i in block],
@@ -101,7 +102,7 @@ class Sampler:
         if not scored:
             return Sampled(token_ids_R, finite_R, scored, None)
         num_top = max(recipes[i].params.logprobs or 0 for i in scored)
-        index = torch.tensor(scored, device=self._device)
+        index = to_device(scored, self._device)
         return Sampled(token_ids_R, finite_R, scored, score(logits_RV[index], token_ids_R[index], num_top))
 
     def forget(self, job_id: str) -> None:
@@ -166,7 +167,7 @@ class Sampler:
                 ids += recipe.end_ids
                 values += [-math.inf] * len(recipe.end_ids)
         if at:
-            where = torch.tensor([at, ids], device=self._device)
+            where = to_device([at, ids], self._device)
             scores_RV.index_put_((where[0], where[1]), self._column(values)[:, 0], accumulate=True)
 
     def _penalise_(
@@ -179,7 +180,7 @@ class Sampler:
                 continue
             history = recipe.history
             history.extend(row.job.token_ids[len(history) : row.sample_position])
-            seen = torch.frombuffer(history, dtype=torch.int64).to(self._device, copy=True)
+            seen = copy_to_device(torch.frombuffer(history, dtype=torch.int64), self._device)
             if row.token_ids[-1] == PENDING:
                 assert pending_R is not None
                 seen = torch.cat([seen, pending_R[i : i + 1]])
@@ -189,7 +190,10 @@ class Sampler:
                 penalty = params.repetition_penalty
                 scores_V[seen] = torch.where(old > 0, old / penalty, old * penalty)
             if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-                counts_V = torch.bincount(seen[row.job.num_prompt :], minlength=self._vocab_size)
+                output = seen[row.job.num_prompt :]
+                counts_V = torch.zeros_like(scores_V).index_add_(
+                    0, output, torch.ones_like(output, dtype=scores_V.dtype)
+                )
                 scores_V.sub_(counts_V * params.frequency_penalty + (counts_V > 0) * params.presence_penalty)
 
     def _filter_(self, scores_RV: torch.Tensor, params: Seq[SamplingParams]) -> None:
@@ -213,7 +217,7 @@ class Sampler:
             _on_rows_(scores_RV, top_p, lambda part: _keep_nuclei_(part, self._column(ps)))
 
     def _column(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+        return to_device(values, self._device, torch.float32)[:, None]
 
 
 def require_finite(finite: Seq[bool], rows: Seq[Row]) -> None:
@@ -238,7 +242,7 @@ def _on_rows_(scores_RV: torch.Tensor, at: list[int], change_: Callable[[torch.T
     if len(at) == len(scores_RV):
         change_(scores_RV)
     elif at:
-        index = torch.tensor(at, device=scores_RV.device)
+        index = to_device(at, scores_RV.device)
         part = scores_RV[index]
         change_(part)
         scores_RV[index] = part
@@ -246,7 +250,7 @@ def _on_rows_(scores_RV: torch.Tensor, at: list[int], change_: Callable[[torch.T
 
 def _keep_top_k_(scores_RV: torch.Tensor, ks: list[int]) -> None:
     best_RK = scores_RV.topk(max(ks), dim=-1).values
-    last_R1 = torch.tensor(ks, device=scores_RV.device)[:, None] - 1
+    last_R1 = to_device(ks, scores_RV.device)[:, None] - 1
     scores_RV.masked_fill_(scores_RV < best_RK.gather(1, last_R1), -math.inf)
 
 
