@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 
@@ -11,9 +12,11 @@ from tiny import tiny_folder
 
 from models.attention.base import KVCacheSpec
 from serve.errors import ConfigError
+from serve.events import Event
 from serve.options import ModelOptions
+from serve.request import SamplingParams, TextRequest
 from serve.text import build
-from serve.text.build import build_engine, choose_device, set_threads
+from serve.text.build import build_engine, build_text, choose_device, set_threads
 from serve.text.cache_size import choose_cache_size, cpu_cache_bytes, free_memory_bytes
 from serve.text.load_progress import LoadProgress
 
@@ -47,6 +50,21 @@ def test_the_card_tells_what_was_built(folder):
     assert card.max_model_len == 512 and card.threads == 1
     assert card.kv_cache_tokens == MIB // SPEC.block_bytes * 16
     assert card.num_parameters > 50_000 and card.load_s > 0
+
+
+def test_the_backend_answers_and_ends(folder):
+    async def ask() -> list[Event]:
+        backend = build_text(options(folder, kv_cache_memory_bytes=MIB), progress=False)
+        sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        request = TextRequest(request_id="r", model="m", prompt_token_ids=(5, 6, 7), sampling=sampling)
+        try:
+            return [event async for events in await backend.submit(request) for event in events]
+        finally:
+            await backend.aclose()
+
+    *deltas, finished = asyncio.run(ask())
+    assert sum(len(delta.token_ids) for delta in deltas) == 3
+    assert finished.usage.completion_tokens == 3
 
 
 def test_the_dtype_asked_for_is_the_dtype_of_weights_and_cache(folder):
