@@ -2,9 +2,9 @@
 
 const SUGGESTIONS = [
   "What is 47 + 38?",
+  "Tell me a story about a brave fox.",
   "Reverse these words: red, green, blue",
-  "Tell me a short story about a fox.",
-  "My name is Ada. Say hello to me.",
+  "As JSON: Ada is 36 years old and lives in London.",
 ];
 
 class Chat {

@@ -13,12 +13,15 @@ from typing import Any
 import browser as chromium
 import pytest
 import uvicorn
+from gateway_fakes import fake_gateway, ids
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve.gateway.pages import html_page
+from serve.gateway.server import GatewayServer
+from serve.options import GatewayOptions
 from serve.playground import page
 
 pytestmark = [
@@ -350,3 +353,33 @@ def test_the_page_asks_nobody_else_for_anything(tab, server):
     tab.until(ENDED)
     asked = tab.run("return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)")
     assert set(asked) == {"/v1/models", "/v1/chat/completions"}
+
+
+def test_the_gateway_serves_it(window):
+    """The page, the models, the key and the stream of the gateway itself, over a backend without a model."""
+
+    def drive(url: str) -> str:
+        window.screen(1280, 800)
+        window.open(url)
+        window.until("document.querySelector('#key-dialog').open")
+        window.type("#key", "sk-real", "Enter")
+        window.until("document.querySelector('#welcome-model').innerText === 'tiny · 256 tokens of context'")
+        ask(window)
+        stats = str(window.until(ENDED))
+        assert window.text(".turn-assistant .text") == "Hello there!"
+        assert [entry for entry in window.complaints() if "401" not in entry] == []
+        return stats
+
+    async def scenario() -> str:
+        options = {"api_key": ("sk-real",), "port": 0}
+        async with fake_gateway(**options) as gateway:
+            server = GatewayServer(gateway.app, GatewayOptions(**options), gateway.drain)
+            _, port = await server.start()
+            try:
+                return await asyncio.to_thread(drive, f"http://127.0.0.1:{port}")
+            finally:
+                await server.aclose()
+
+    stats = asyncio.run(scenario())
+    assert f"{len(ids('Hello there!'))} tokens" in stats
+    assert "TTFT" in stats
