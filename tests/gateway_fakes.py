@@ -1,7 +1,7 @@
 """A backend without a model, and a gateway over it: for tests of everything between HTTP and replicas.
 
-`FakeBackend` answers with the tokens it is given, one list of events whenever its stream is read: a step. `gate` makes the
-steps wait, `fail_after` and `refusal` make it fail.
+`FakeBackend` answers with the tokens it is given, one list of events whenever its stream is read: a step. `gate` makes
+the steps wait, `fail_after` and `refusal` make it fail.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Gateway:
             raise EngineDead("the gateway's server has stopped")
 
     async def drain(self, timeout_s: float) -> None:
-        """Readiness false at once, new work refused, what runs finished: at most `timeout_s`, then ended with an error."""
+        """Readiness false at once, new work refused, what runs finished; after `timeout_s` it is ended with an error."""
         if self._server is not None:
             await self._server.drain(timeout_s)
 
