@@ -111,10 +111,17 @@ class Chat {
     if (this.follows) this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
+  /** What the model is told was said. A question that got no answer, and that nothing, are left out. */
+  history() {
+    const isEmpty = (turn) => turn?.role === "assistant" && !turn.text;
+    const said = this.turns.filter((turn, index) => !isEmpty(turn) && !isEmpty(this.turns[index + 1]));
+    return said.map(({ role, text }) => ({ role, content: text }));
+  }
+
   /** Ask the model to go on, and show its answer while it comes. */
   async answer() {
     const { system, sampling } = this.settings.values();
-    const messages = this.turns.map(({ role, text }) => ({ role, content: text }));
+    const messages = this.history();
     if (system) messages.unshift({ role: "system", content: system });
     const abort = (this.abort = new AbortController());
     const turn = new AssistantTurn(this);

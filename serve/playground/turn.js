@@ -93,6 +93,7 @@ class AssistantTurn {
 
   fail(error) {
     this.finish("error");
+    this.actions.hidden = !this.text;
     const about = [error.status, error.code || error.type].filter(Boolean).join(" · ");
     this.error.hidden = false;
     this.error.replaceChildren(element("p", {}, error.message));

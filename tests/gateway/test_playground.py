@@ -318,6 +318,10 @@ def test_a_refusal_shows_the_server_s_own_words(tab, server):
     shown = tab.until("document.querySelector('.error:not([hidden])')?.innerText")
     assert message in shown
     assert "400 · context_length_exceeded" in shown
+    server.refusal = None
+    ask(tab, "shorter")
+    assert "42 tokens" in tab.until(ENDED)
+    assert server.bodies[1]["messages"] == [{"role": "user", "content": "shorter"}]
 
 
 def test_markup_in_an_answer_stays_text(tab, server):
