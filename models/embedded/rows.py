@@ -19,8 +19,13 @@ from models.embedded.tasks import TASKS
 
 # Legend: B rows, T positions, S targets of a batch
 
-TASK_WEIGHTS = {"addition": 2.0, "subtraction": 2.0, "product": 2.0, "story": 0.3}
-"""Weight of a target token. A result is few digits among long copies; a story's words are free choices."""
+RESULT_WEIGHT = 4.0
+"""Weight of a target after an equals sign: results are few digits among long copies."""
+STORY_WEIGHT = 0.3
+"""Weight of a target in a story, whose words are free choices."""
+
+
+BATCHES_PER_POOL = 48
 
 
 @dataclass(slots=True)
@@ -48,6 +53,7 @@ class RowMaker:
         vocabulary = tokenizer.get_vocab()
         self.special = {token: vocabulary[token] for token in (PAD, END_OF_TEXT, IM_START, IM_END)}
         self._newline = self.encode("\n")
+        (self._equals,) = self.encode("=")
         self._heads = {
             role: [self.special[IM_START], *self.encode(role + "\n")] for role in ("system", "user", "assistant")
         }
@@ -79,11 +85,11 @@ class RowMaker:
             body = [*self.encode(message["content"]), self.special[IM_END]]
             weight = 0.0
             if message["role"] == "assistant":
-                weight = TASK_WEIGHTS.get(next(answers), 1.0)
+                weight = STORY_WEIGHT if next(answers) == "story" else 1.0
                 weight = 0.0 if only_last and index < len(chat.messages) - 1 else weight
             head = self._heads[message["role"]]
             row.ids += head + body + self._newline
-            row.weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(self._newline)
+            row.weights += [0.0] * len(head) + self._weights(body, weight) + [0.0] * len(self._newline)
         return row
 
     def plain_row(self, rng: random.Random) -> Row:
@@ -92,7 +98,15 @@ class RowMaker:
         answer = TASKS[task](rng, "train").answer
         head, sign, rest = answer.partition(" =") if task != "story" else ("", "", answer)
         head_ids, rest_ids = self.encode(head + sign), [*self.encode(rest), self.special[END_OF_TEXT]]
-        return Row(head_ids + rest_ids, [0.0] * len(head_ids) + [TASK_WEIGHTS[task]] * len(rest_ids))
+        return Row(
+            head_ids + rest_ids,
+            [0.0] * len(head_ids) + [STORY_WEIGHT if task == "story" else RESULT_WEIGHT] * len(rest_ids),
+        )
+
+    def _weights(self, body: list[int], weight: float) -> list[float]:
+        """The same weight for all tokens, but more for the result of a sum."""
+        result = body.index(self._equals) + 1 if self._equals in body else len(body)
+        return [weight] * result + [weight * RESULT_WEIGHT] * (len(body) - result)
 
     def training_rows(self, rng: random.Random) -> Iterator[Row]:
         """Endless training rows: mostly short conversations, a few as long as the context, a little plain text."""
@@ -104,6 +118,21 @@ class RowMaker:
                 yield self.row(training_chat(rng, num_turns=rng.randint(20, 60)))
             else:
                 yield self.row(training_chat(rng))
+
+
+def training_batches(maker: RowMaker, rng: random.Random, tokens_per_batch: int, device: str) -> Iterator[Batch]:
+    """Endless batches in random order. Rows are sorted by length over a pool of many batches: sorting only what one
+    step needs left half of all positions to padding."""
+    rows = maker.training_rows(rng)
+    while True:
+        pool: list[Row] = []
+        size = 0
+        while size < BATCHES_PER_POOL * tokens_per_batch:
+            pool.append(next(rows))
+            size += len(pool[-1].ids)
+        parts = batches(pool, maker.special[PAD], tokens_per_batch, device)
+        rng.shuffle(parts)
+        yield from parts
 
 
 def batches(rows: list[Row], pad: int, max_tokens: int, device: str) -> list[Batch]:

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.embedded.bpe import PAD, train_tokenizer, write_tokenizer
 from models.embedded.cases import held_out_cases
 from models.embedded.chats import training_chat
-from models.embedded.decoder import SHAPES, Decoder, write_checkpoint
+from models.embedded.decoder import SHAPES, UNFUSED_UP_TO, Decoder, write_checkpoint
 from models.embedded.paths import FOLDER
-from models.embedded.rows import Batch, RowMaker, batches
+from models.embedded.rows import Batch, RowMaker, batches, training_batches
 
 WORK = FOLDER / ".train"
 TOKENIZER_CHATS = 20_000
@@ -45,9 +45,10 @@ class TrainingOptions:
     """Peak learning rate of Muon, scaled to the size of AdamW's updates."""
     other_rate: float = 4e-3
     weight_decay: float = 0.02
-    tokens_per_step: int = 4096
-    tokens_per_batch: int = 4096
-    """Padded positions in one forward pass; a step sums several, as rows of one batch are alike in length."""
+    tokens_per_batch: int = 2048
+    """Padded positions in one forward pass."""
+    batches_per_step: int = 2
+    """Rows of one batch are alike in length, so a step sums the gradients of several."""
     warmup: float = 0.02
     """Share of the budget in which the rate rises."""
     checkpoint_every_s: float = 120.0
@@ -76,6 +77,8 @@ class Trainer:
             torch.optim.AdamW(others, lr=options.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.peaks = [options.matrix_rate, options.other_rate]
+        # Fuses norms, rotations and softmax. One graph for all usual shapes; a single or a long row would need another.
+        self._compiled = torch.compile(self._loss, dynamic=True)
         self.spent_s = 0.0
         self.step = 0
         self.tokens = 0
@@ -90,18 +93,14 @@ class Trainer:
     def run(self) -> None:
         """Train until the budget is spent, with checkpoints and a look at held-out cases now and then."""
         rng = random.Random(f"{self.options.seed}:{self.step}")
-        stream = self.rows.training_rows(rng)
+        stream = training_batches(self.rows, rng, self.options.tokens_per_batch, self.options.device)
         saved_s = watched_s = self.spent_s
         bar = tqdm(total=round(60 * self.options.minutes), initial=round(self.spent_s), unit="s", mininterval=5)
         while self.share < 1.0:
             started = time.monotonic()
-            rows, size = [], 0
-            while size < self.options.tokens_per_step:
-                rows.append(next(stream))
-                size += len(rows[-1].ids)
-            pad = self.rows.special[PAD]
-            self._step(batches(rows, pad, self.options.tokens_per_batch, self.options.device))
-            self.tokens += size
+            parts = [next(stream) for _ in range(self.options.batches_per_step)]
+            self._step(parts)
+            self.tokens += sum(part.tokens_BT.numel() for part in parts)
             self.spent_s += time.monotonic() - started
             bar.update(min(round(self.spent_s), bar.total) - bar.n)
             bar.set_postfix(
@@ -158,8 +157,9 @@ class Trainer:
         total = sum(float(part.weights_S.sum()) for part in parts)
         loss_sum = 0.0
         for part in parts:
-            logits_SV = self.compute(part.tokens_BT, part.positions_S).float()
-            loss = (F.cross_entropy(logits_SV, part.targets_S, reduction="none") * part.weights_S).sum() / total
+            usual = part.tokens_BT.shape[0] > 1 and part.tokens_BT.shape[1] <= UNFUSED_UP_TO
+            loss_of = self._compiled if usual else self._loss
+            loss = loss_of(part.tokens_BT, part.positions_S, part.targets_S, part.weights_S) / total
             loss.backward()
             loss_sum += loss.item()
             for target, source in zip(self.master.parameters(), self.compute.parameters(), strict=True):
@@ -175,6 +175,10 @@ class Trainer:
         self._load_compute()
         self.step += 1
         self.loss = loss_sum if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss_sum
+
+    def _loss(self, tokens_BT: Tensor, positions_S: Tensor, targets_S: Tensor, weights_S: Tensor) -> Tensor:
+        logits_SV = self.compute(tokens_BT, positions_S).float()
+        return (F.cross_entropy(logits_SV, targets_S, reduction="none") * weights_S).sum()
 
     def _rate(self) -> float:
         """Warm-up, then a cosine from 1 to 1 %, over the share of the budget."""
