@@ -8,12 +8,12 @@ Legend: T tokens of the step, D hidden size, N query heads, K key/value heads, H
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
-from models.layers import Linear, rms_norm, swiglu
+from models.layers import MIN_ROWS, Linear, RMSNorm, swiglu
 from models.text.architecture import DenseArchitecture
 from models.text.base import StepContext
 from models.text.rope import RopeTable, rotate
@@ -31,17 +31,19 @@ class Decoder:
         self.device = device
         self._embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self._layers = [_Layer(index, architecture, dtype=dtype, device=device) for index in range(spec.num_layers)]
-        self._norm_D = torch.empty(spec.hidden_size, dtype=dtype, device=device)
+        self._norm = RMSNorm((spec.hidden_size,), architecture.norm_eps, dtype=dtype, device=device)
         self._head = Linear(
             spec.hidden_size, [("lm_head", spec.vocab_size)], has_bias=False, dtype=dtype, device=device
         )
         if architecture.ties_embeddings:
             self._head.weight_ED = self._embedding_VD
+        self._min_rows = MIN_ROWS if device.type == "cpu" else 1
         self._rope = RopeTable(architecture.rope, num_positions=num_positions, dtype=dtype, device=device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.parameters().values())
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Checkpoint name → the storage it fills."""
-        named = {"model.embed_tokens.weight": self._embedding_VD, "model.norm.weight": self._norm_D}
+        named = {"model.embed_tokens.weight": self._embedding_VD, "model.norm.weight": self._norm.weight}
         for layer in self._layers:
             named.update(layer.parameters())
         if not self.architecture.ties_embeddings:
@@ -49,28 +51,47 @@ class Decoder:
         return named
 
     @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters().values())
-
-    @property
     def unused_names(self) -> tuple[str, ...]:
         """What a checkpoint may hold without a place here: tied embeddings stored twice."""
         return ("lm_head.weight",) if self.architecture.ties_embeddings else ()
 
     def finish(self) -> None:
-        """Called once, when the weights are in."""
+        """Called once, when the weights are in: each matrix takes the layout it is computed in.
+
+        A tied head that is packed becomes a matrix of its own beside the embedding, which is read row by row.
+        """
+        for layer in self._layers:
+            layer.finish()
+        self._head.finish()
 
     @torch.inference_mode()
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, context: StepContext) -> torch.Tensor:
+        num_tokens = token_ids_T.shape[0]
+        if num_tokens < self._min_rows:
+            missing = self._min_rows - num_tokens
+            token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
         x_TD = F.embedding(token_ids_T, self._embedding_VD)
-        cos_T1H, sin_T1H = self._rope.at(positions_T)
+        step = _Step(context, *self._rope.at(positions_T), num_tokens)
         for layer in self._layers:
-            layer.advance(x_TD, cos_T1H, sin_T1H, context)
-        return rms_norm(x_TD, self._norm_D, self.architecture.norm_eps)
+            layer.advance(x_TD, step)
+        return self._norm(x_TD)[:num_tokens]
 
     @torch.inference_mode()
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return self._head(hidden_RD).float()
+        num_rows = hidden_RD.shape[0]
+        if num_rows < self._min_rows:
+            hidden_RD = F.pad(hidden_RD, (0, 0, 0, self._min_rows - num_rows))
+        return self._head(hidden_RD)[:num_rows].float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the layers of one forward share. Rows from `num_tokens` on are padding, of no sequence."""
+
+    context: StepContext
+    cos_T1H: torch.Tensor
+    sin_T1H: torch.Tensor
+    num_tokens: int
 
 
 class _Layer:
@@ -85,18 +106,17 @@ class _Layer:
             named = [(f"{name}.{part}", size) for part, size in parts]
             return Linear(in_features, named, has_bias=has_bias, dtype=dtype, device=device)
 
-        def vector(size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=dtype, device=device)
+        def norm(*shape: int) -> RMSNorm:
+            return RMSNorm(shape, architecture.norm_eps, dtype=dtype, device=device)
 
         self._index, self._name = index, name
         self._num_heads, self._num_kv_heads, self._head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._scale = spec.head_dim**-0.5
-        self._eps = architecture.norm_eps
         self._window = architecture.windows[index]
-        self._attention_norm_D, self._mlp_norm_D = vector(spec.hidden_size), vector(spec.hidden_size)
+        self._attention_norm, self._mlp_norm = norm(spec.hidden_size), norm(spec.hidden_size)
         # One row per query and key head, so that both are normed in one call.
-        self._qk_norm_NH = torch.empty(spec.num_heads + spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
-        self._has_qk_norm = architecture.has_qk_norm
+        num_rotated = spec.num_heads + spec.num_kv_heads
+        self._qk_norm = norm(num_rotated, spec.head_dim) if architecture.has_qk_norm else None
         self._qkv = linear(
             spec.hidden_size,
             [("self_attn.q_proj", heads_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)],
@@ -112,37 +132,45 @@ class _Layer:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         named = {
-            f"{self._name}.input_layernorm.weight": self._attention_norm_D,
-            f"{self._name}.post_attention_layernorm.weight": self._mlp_norm_D,
+            f"{self._name}.input_layernorm.weight": self._attention_norm.weight,
+            f"{self._name}.post_attention_layernorm.weight": self._mlp_norm.weight,
         }
-        if self._has_qk_norm:
-            named[f"{self._name}.self_attn.q_norm.weight"] = self._qk_norm_NH[: self._num_heads]
-            named[f"{self._name}.self_attn.k_norm.weight"] = self._qk_norm_NH[self._num_heads :]
+        if self._qk_norm is not None:
+            named[f"{self._name}.self_attn.q_norm.weight"] = self._qk_norm.weight[: self._num_heads]
+            named[f"{self._name}.self_attn.k_norm.weight"] = self._qk_norm.weight[self._num_heads :]
         for linear in (self._qkv, self._output, self._gate_up, self._down):
             named.update(linear.parameters())
         return named
 
-    def advance(self, x_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, context: StepContext) -> None:
-        """Add this layer's two contributions to `x_TD` in place."""
-        x_TD += self._attend(rms_norm(x_TD, self._attention_norm_D, self._eps), cos_T1H, sin_T1H, context)
-        x_TD += self._down(swiglu(self._gate_up(rms_norm(x_TD, self._mlp_norm_D, self._eps))))
+    def finish(self) -> None:
+        for linear in (self._qkv, self._output, self._gate_up, self._down):
+            linear.finish()
 
-    def _attend(
-        self, x_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, context: StepContext
-    ) -> torch.Tensor:
+    def advance(self, x_TD: torch.Tensor, step: _Step) -> None:
+        """Add this layer's two contributions to `x_TD` in place."""
+        x_TD += self._attend(self._attention_norm(x_TD), step)
+        x_TD += self._down(swiglu(self._gate_up(self._mlp_norm(x_TD))))
+
+    def _attend(self, x_TD: torch.Tensor, step: _Step) -> torch.Tensor:
+        num_rows = x_TD.shape[0]
         num_heads, num_rotated = self._num_heads, self._num_heads + self._num_kv_heads
-        qkv_TNH = self._qkv(x_TD).view(x_TD.shape[0], num_rotated + self._num_kv_heads, self._head_dim)
+        qkv_TNH = self._qkv(x_TD).view(num_rows, num_rotated + self._num_kv_heads, self._head_dim)
         qk_TNH = qkv_TNH[:, :num_rotated]
-        if self._has_qk_norm:
-            qk_TNH = rms_norm(qk_TNH, self._qk_norm_NH, self._eps)
-        qk_TNH = rotate(qk_TNH, cos_T1H, sin_T1H)
-        out_TNH = context.attention.attend(
+        if self._qk_norm is not None:
+            qk_TNH = self._qk_norm(qk_TNH)
+        qk_TNH = rotate(qk_TNH, step.cos_T1H, step.sin_T1H)
+        if num_rows > step.num_tokens:
+            qk_TNH, qkv_TNH = qk_TNH[: step.num_tokens], qkv_TNH[: step.num_tokens]
+        out_TNH = step.context.attention.attend(
             qk_TNH[:, :num_heads],
             qk_TNH[:, num_heads:],
             qkv_TNH[:, num_rotated:],
-            context.kv_cache[self._index],
-            context.plan,
+            step.context.kv_cache[self._index],
+            step.context.plan,
             scale=self._scale,
             window=self._window,
         )
-        return self._output(out_TNH.reshape(x_TD.shape[0], -1))
+        out_TD = out_TNH.reshape(step.num_tokens, -1)
+        if num_rows > step.num_tokens:
+            out_TD = F.pad(out_TD, (0, 0, 0, num_rows - step.num_tokens))
+        return self._output(out_TD)

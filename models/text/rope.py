@@ -2,8 +2,8 @@
 
 The scalings are those of transformers' `modeling_rope_utils` (RoFormer, Su et al. 2021; YaRN, Peng et al. 2023;
 LongRoPE, Ding et al. 2024), with one difference. transformers chooses the frequencies of `dynamic` and `longrope` by
-the longest sequence of a forward, so a request's keys depend on its batch and on where its prompt was cut. Here they are
-fixed when the model is built, by the number of positions it will serve: `longrope` uses its long factors when that
+the longest sequence of a forward, so a request's keys depend on its batch and on where its prompt was cut. Here they
+are fixed when the model is built, by the number of positions it will serve: `longrope` uses its long factors when that
 exceeds the original length, `dynamic` serves the original length only, where it changes nothing.
 
 Legend: T tokens, H head dimension, P positions.

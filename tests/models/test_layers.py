@@ -1,0 +1,78 @@
+"""Layers compute what torch computes, and a row's result does not depend on the number of rows beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.layers import MIN_ROWS, Linear, RMSNorm, is_worth_packing, swiglu
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def linear(in_features: int, out_features: int, dtype: torch.dtype, random: torch.Generator) -> Linear:
+    layer = Linear(in_features, [("a", out_features)], has_bias=True, dtype=dtype, device=CPU)
+    for parameter in layer.parameters().values():
+        parameter.copy_(torch.randn(parameter.shape, generator=random))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 96), (256, 768), (320, 1024)])
+def test_linear_equals_torch_packed_or_not(
+    in_features: int, out_features: int, dtype: torch.dtype, random: torch.Generator
+) -> None:
+    layer = linear(in_features, out_features, dtype, random)
+    x = torch.randn(7, in_features, generator=random).to(dtype)
+    expected = F.linear(x, layer.weight_ED, layer.bias_E)
+    layer.finish()
+    # float32: sums of up to 320 products of size one in another order; bfloat16: one unit of its eight bits.
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-1, "rtol": 8e-3}
+    torch.testing.assert_close(layer(x), expected, **tolerance)
+
+
+def test_small_float32_stays_plain_and_large_is_packed() -> None:
+    assert not is_worth_packing(torch.empty(64, 64))
+    assert is_worth_packing(torch.empty(1024, 1024)) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (192, 576), (256, 768), (64, 2048), (512, 1024)])
+def test_row_does_not_depend_on_the_number_of_rows(
+    in_features: int, out_features: int, dtype: torch.dtype, random: torch.Generator
+) -> None:
+    layer = linear(in_features, out_features, dtype, random)
+    layer.finish()
+    x = torch.randn(130, in_features, generator=random).to(dtype)
+    everything = layer(x)
+    for num_rows in (*range(MIN_ROWS, 20), 31, 32, 33, 64, 100, 128):
+        assert torch.equal(layer(x[:num_rows]), everything[:num_rows]), num_rows
+
+
+@pytest.mark.parametrize("shape", [(64,), (6, 16)])
+def test_norm_equals_torch_and_does_not_depend_on_the_number_of_rows(
+    shape: tuple[int, ...], random: torch.Generator
+) -> None:
+    norm = RMSNorm(shape, 1e-5, dtype=torch.float32, device=CPU)
+    norm.weight.copy_(torch.randn(shape, generator=random))
+    x = torch.randn(70, *shape, generator=random)
+    out = norm(x)
+    torch.testing.assert_close(out, F.rms_norm(x, shape[-1:], eps=1e-5) * norm.weight, atol=1e-6, rtol=1e-6)
+    for num_rows in (1, 2, 5, 16, 33):
+        assert torch.equal(norm(x[:num_rows]), out[:num_rows])
+
+
+def test_swiglu_gates_the_second_half_by_the_first(random: torch.Generator) -> None:
+    x = torch.randn(3, 20, generator=random)
+    torch.testing.assert_close(swiglu(x), F.silu(x[:, :10]) * x[:, 10:])
