@@ -13,10 +13,28 @@ from zlib import crc32
 from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
 from serve.request import SamplingParams
+from serve.text.kv_cache import KVCache
+from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import PENDING, Sequence, TokenBatch, TokenOutput
 
 VOCAB = 13
 EOS = 0
+
+
+def make_scheduler(num_blocks=64, block_size=4, **options) -> TokenScheduler:
+    caching = options.pop("enable_prefix_caching", True)
+    defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256}
+    return TokenScheduler(
+        KVCache(num_blocks, block_size, caching), **defaults | options, eos_token_ids=[EOS], vocab_size=VOCAB
+    )
+
+
+def sequence(prompt, name="a", *, arrival=0.0, priority=0, salt="", prompt_logprobs=None, **sampling) -> Sequence:
+    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True} | sampling)
+    return Sequence(
+        id=name, token_ids=list(prompt), num_prompt=len(prompt), sampling=params,
+        arrival=arrival, priority=priority, cache_salt=salt, prompt_logprobs=prompt_logprobs,
+    )  # fmt: skip
 
 
 def next_token(token_ids: list[int], seed: int) -> int:

@@ -26,10 +26,10 @@ from serve.backend import Load
 from serve.engine.interface import Update
 from serve.engine.job import Job, Status
 from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
-from serve.errors import ContextTooLong, InvalidRequest
 from serve.events import FinishReason, TokenLogprobs
 from serve.text.claims import Claims
 from serve.text.kv_cache import KVCache
+from serve.text.limits import Limits
 from serve.text.sequence import PENDING, Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
 
 WATERMARK = 0.03
@@ -59,8 +59,6 @@ class TokenScheduler:
         self.kv_cache = kv_cache
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every decode fits into every step
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
 
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
@@ -68,6 +66,11 @@ class TokenScheduler:
         self.num_prefix_hit_tokens = 0
         """Those of them that were found."""
 
+        self._limits = Limits(
+            max_model_len=max_model_len,
+            kv_cache_tokens=kv_cache.num_blocks * kv_cache.block_size,
+            vocab_size=vocab_size,
+        )
         self._policy = policy
         self._eos = frozenset(eos_token_ids)
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
@@ -83,35 +86,7 @@ class TokenScheduler:
     # -- jobs ------------------------------------------------------------------------------------------------------
 
     def validate(self, job: Sequence) -> None:
-        num_prompt, max_tokens = job.num_prompt, job.sampling.max_tokens
-        if num_prompt == 0:
-            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-        if max_tokens < 0:
-            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 0", param="max_tokens")
-        biased = [token_id for token_id, _ in job.sampling.logit_bias]
-        for name, ids in (
-            ("prompt", job.token_ids),
-            ("stop_token_ids", job.sampling.stop_token_ids),
-            ("logit_bias", biased),
-        ):
-            for token_id in (min(ids, default=0), max(ids, default=0)):
-                if not 0 <= token_id < self.vocab_size:
-                    raise InvalidRequest(
-                        f"{name} has the token id {token_id}, outside the vocabulary of {self.vocab_size} tokens; "
-                        f"use ids from 0 to {self.vocab_size - 1}",
-                        param=name,
-                    )
-        capacity = self.kv_cache.num_blocks * self.kv_cache.block_size
-        for num_needed, limit, what in (
-            (num_prompt + max_tokens, self.max_model_len, "model's context"),
-            (job.num_to_compute, capacity, "whole KV cache"),
-        ):
-            if num_needed > limit:
-                raise ContextTooLong(
-                    f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together more than the "
-                    f"{limit} positions of the {what}; shorten the prompt or lower max_tokens",
-                    param="prompt" if num_prompt >= limit else "max_tokens",
-                )
+        self._limits.check(job)
 
     def add(self, job: Sequence) -> None:
         job.end_ids = frozenset(job.sampling.stop_token_ids).union(() if job.sampling.ignore_eos else self._eos)
