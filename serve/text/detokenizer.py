@@ -99,11 +99,13 @@ class Detokenizer:
 class Spelling:
     """What each token of a vocabulary contributes to a text, as bytes. Computed when first asked for, then remembered.
 
-    Safe to use from several threads: two may compute the same entry, to the same value.
+    `hidden` is left out of every spelling: what a sealed tokenizer puts before its control tokens. Safe to use from
+    several threads: two may compute the same entry, to the same value.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, decoder: dict[str, Any] | None) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, decoder: dict[str, Any] | None, *, hidden: str = "") -> None:
         self._tokenizer = tokenizer
+        self._hidden = hidden
         steps = _steps(decoder)
         kinds = [step["type"] for step in steps]
         self.is_byte_level = "ByteLevel" in kinds
@@ -125,7 +127,7 @@ class Spelling:
         """The bytes of a token at the start of a text, where "##" stays and the leading space of a piece does not."""
         if self.is_byte_level or self.num_leading_spaces_stripped or self.is_bytes(token_id):
             return self.of(token_id)
-        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+        return self._decode(token_id).encode()
 
     def is_token(self, token_id: int) -> bool:
         return self._tokenizer.id_to_token(token_id) is not None
@@ -138,21 +140,24 @@ class Spelling:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return b""
+        token = token.replace(self._hidden, "")
         if self.is_byte_level:
             if all(char in _BYTE_OF for char in token):
                 return bytes(_BYTE_OF[char] for char in token)
             return token.encode()
         if token_id in self._byte_tokens:
             return bytes([self._byte_tokens[token_id]])
-        text = self._tokenizer.decode([self._anchor, token_id], skip_special_tokens=False)
-        return text[len(self._anchor_text) :].encode()
+        return self._decode(self._anchor, token_id)[len(self._anchor_text) :].encode()
+
+    def _decode(self, *ids: int) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False)).replace(self._hidden, "")
 
     def _find_anchor(self) -> tuple[int, str]:
         """A plain word to stand before a token, so that the token is not the first one."""
         added = self._tokenizer.get_added_tokens_decoder()
         for token, token_id in self._tokenizer.get_vocab().items():
             if token.isascii() and token.isalnum() and token_id not in added:
-                return token_id, self._tokenizer.decode([token_id], skip_special_tokens=False)
+                return token_id, self._decode(token_id)
         raise ValueError("the vocabulary holds no plain word of ASCII letters")
 
 

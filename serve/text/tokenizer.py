@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,12 +83,11 @@ class Tokenizer:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is not valid jinja2: {error} (line {error.lineno})") from error
         self._secret = "".join(secrets.choice("0123456789") for _ in range(32))
-        self._tokenizer = _build(spec)
-        self._sealed = _build(tokenizer_file.seal(spec, self._template.control_tokens, self._rename))
-        self._check_ids(added)
-        self._spelling = Spelling(self._tokenizer, spec.get("decoder"))
-        ids = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in ids.items() if token.special)
+        """Precedes the control tokens' names; digits pass every normaliser and decoder unchanged."""
+        self._tokenizer = _build(tokenizer_file.seal(spec, self._template.control_tokens, self._rename))
+        self._spelling = Spelling(self._tokenizer, spec.get("decoder"), hidden=self._secret)
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         """Tokens, added ones included. A model may have more rows: its padding."""
         self.bos_token_id: int | None = self._id(named["bos_token"])
@@ -103,10 +102,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a user's text. `add_special_tokens` adds what the model's post-processor puts around a text."""
-        return list(self._sealed.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        """As transformers decodes. An id that is no token has no text."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)).replace(self._secret, "")
 
     def render_chat(
         self,
@@ -136,7 +136,7 @@ class Tokenizer:
         render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
         text = render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         text = self._template.own_tokens(text, self._rename)
-        return list(self._sealed.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for inside a text, possibly part of a character; none for an id that is no token."""
@@ -154,16 +154,11 @@ class Tokenizer:
         return self._secret + control_token
 
     def _id(self, token: str | None) -> int | None:
-        token_id: int | None = self._tokenizer.token_to_id(token) if token is not None else None
+        if token is None:
+            return None
+        name = self._rename(token) if token in self._template.control_tokens else token
+        token_id: int | None = self._tokenizer.token_to_id(name)
         return token_id
-
-    def _check_ids(self, added: Iterable[str]) -> None:
-        """Renamed tokens must have kept their ids; `tokenizers` numbers those outside the vocabulary by their order."""
-        controls = self._template.control_tokens
-        for token in added:
-            name = self._rename(token) if token in controls else token
-            if self._sealed.token_to_id(name) != self._tokenizer.token_to_id(token):
-                raise ConfigError(f"tokenizer.json gives the added token {token!r} no fixed id; save it again")
 
 
 def _build(spec: dict[str, Any]) -> tokenizers.Tokenizer:

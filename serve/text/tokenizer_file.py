@@ -58,7 +58,10 @@ def content(token: Any) -> str | None:
 
 
 def seal(spec: Json, controls: Collection[str], rename: Callable[[str], str]) -> Json:
-    """`spec` with every token of `controls` under the name `rename` gives it, ids unchanged."""
+    """`spec` with every token of `controls` under the name `rename` gives it.
+
+    Ids stay: a token of the vocabulary keeps its entry, and `tokenizers` numbers the others by their order.
+    """
     spec = copy.copy(spec)
     # Before normalisation: the secret name must be found as it is, and neighbours must not change it.
     spec["added_tokens"] = [
