@@ -45,16 +45,12 @@ class ListObserver:
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
         self.finished: list[Job] = []
-        self.loads: list[Load] = []
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
     def on_finish(self, job: Job) -> None:
         self.finished.append(job)
-
-    def on_load(self, load: Load) -> None:
-        self.loads.append(load)
 
 
 class Saboteur:

@@ -171,7 +171,7 @@ class Engine(Generic[J, B, O]):
             if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
                 self._settle(self._in_flight.popleft())
             self._outbox.flush()
-            self._report_load()
+            self._load = self._scheduler.load()
             return not is_idle
         except Exception as error:
             self._die(error)
@@ -256,7 +256,7 @@ class Engine(Generic[J, B, O]):
             if update.finish is not None:
                 self._end(job, update.finish)
         if self._observer is not None:
-            stats = StepStats(now - flight.launched, len(flight.jobs), flight.batch.num_tokens, self._scheduler.load())
+            stats = StepStats(now - flight.launched, len(flight.jobs), flight.batch.num_tokens)
             self._tell(self._observer.on_step, stats)
 
     # -- failures --------------------------------------------------------------------------------------------------
@@ -323,7 +323,6 @@ class Engine(Generic[J, B, O]):
         job.status = Status.FINISHED
         job.finish_reason = reason
         job.finished = self._clock()
-        job.epoch += 1
         self._outbox.end(self._streams.pop(job.id), reason, error)
         if self._observer is not None:
             self._tell(self._observer.on_finish, job)
@@ -344,13 +343,6 @@ class Engine(Generic[J, B, O]):
     def _check_drained(self) -> None:
         if self._is_draining and not self._streams and not self._drained.done():
             self._drained.set_result(None)
-
-    def _report_load(self) -> None:
-        load = self._scheduler.load()
-        if load != self._load:
-            self._load = load
-            if self._observer is not None:
-                self._tell(self._observer.on_load, load)
 
     def _tell(self, hear: Callable[[T], None], what: T) -> None:
         """An observer's failure is its own. Logged once, as it would repeat every step."""

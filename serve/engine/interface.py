@@ -73,7 +73,7 @@ class Scheduler(Protocol[J, B, O_contra]):
         ...
 
     def remove(self, job: J) -> None:
-        """Forget a job, waiting or running, and free all it holds (what is in flight, when that is settled)."""
+        """Forget a job, waiting or running: raise its epoch, free its resources (those in flight when settled)."""
         ...
 
     def schedule(self, only: J | None = None) -> B | None:
@@ -136,11 +136,11 @@ class StepStats:
     """From submit to settled."""
     num_jobs: int
     num_tokens: int
-    load: Load
 
 
 class Observer(Protocol):
-    """Receives what happened, on the engine thread. Must be quick; its failure never fails a job."""
+    """Receives what happened, on the engine thread. Must be quick; its failure never fails a job. States, as the load,
+    are not told but asked for (`Engine.load`)."""
 
     def on_step(self, stats: StepStats) -> None:
         """A batch was settled."""
@@ -148,8 +148,4 @@ class Observer(Protocol):
 
     def on_finish(self, job: Job) -> None:
         """A job ended, whatever its `finish_reason`."""
-        ...
-
-    def on_load(self, load: Load) -> None:
-        """The load has changed, by a batch or without one (a cancelled job, a new arrival)."""
         ...

@@ -29,7 +29,7 @@ class Job:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     epoch: int = 0
-    """Raised by preempt, abandon and finish; outputs computed for an older epoch are dropped."""
+    """Raised by the scheduler when it preempts, removes or abandons; outputs for an older epoch are dropped."""
 
     arrival: float = 0.0
     first_scheduled: float | None = None

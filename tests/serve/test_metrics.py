@@ -9,7 +9,6 @@ import subprocess
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.backend import Load
 from serve.engine.interface import StepStats
 from serve.engine.job import Job
 from serve.events import FinishReason
@@ -131,7 +130,7 @@ def test_the_observer_counts_steps_and_ends():
     observer = EngineObserver(recorder, "m")
     preemptions = [0]
     observer.follow("tandem_preemptions_total", lambda: preemptions[0])
-    observer.on_step(StepStats(duration_s=0.004, num_jobs=3, num_tokens=40, load=Load()))
+    observer.on_step(StepStats(duration_s=0.004, num_jobs=3, num_tokens=40))
     observer.on_finish(Job(id="a", arrival=1.0, first_scheduled=1.5, finish_reason=FinishReason.STOP))
     observer.on_finish(Job(id="b", arrival=1.0, finish_reason=FinishReason.CANCELLED))
     preemptions[0] = 2
