@@ -137,7 +137,7 @@ class ChannelClient:
         """End the connection: what is open there is cancelled, its streams here raise ReplicaLost."""
         self._on_lost = None
         self._connection.close("closed by this gateway")
-        await self._connection.closed
+        await self._connection.wait_closed()
 
     # -- the peer of the connection --------------------------------------------------------------------------------
 

@@ -129,6 +129,9 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             self._loop.call_later(CLOSE_S, self._transport.abort)
 
+    async def wait_closed(self) -> None:
+        await asyncio.wait({self.closed})  # awaiting it itself would cancel it with the waiter
+
     def abort(self, reason: str) -> None:
         """End now."""
         self._reason = self._reason or reason
@@ -299,7 +302,7 @@ async def connect(address: str, *, secret: bytes, purpose: str, accepts: frozens
     except (OSError, TimeoutError) as error:
         raise Unavailable(f"nothing answers at {address}: {error or 'no answer in time'}") from None
     try:
-        await connection.authenticated
+        await asyncio.shield(connection.authenticated)
     except BaseException:
         connection.abort("given up")
         raise

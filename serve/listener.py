@@ -53,7 +53,7 @@ class Listener:
             self._path = ""
         for connection in list(self._connections):
             connection.close()
-        await asyncio.gather(*(connection.closed for connection in list(self._connections)))
+        await asyncio.gather(*(connection.wait_closed() for connection in list(self._connections)))
 
     def _accept(self) -> Connection:
         return Connection(

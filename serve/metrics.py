@@ -190,7 +190,8 @@ class Recorder:
     def __init__(self, process: str, role: Role):
         self.process = process
         self._role = role
-        self._models = {UNKNOWN_MODEL}
+        self.models = {UNKNOWN_MODEL}
+        """The values that the label `model` may take here."""
         self._lock = threading.Lock()
         self._cells: dict[tuple[str, tuple[str, ...]], Cell] = {}
         self._followed: list[tuple[Cell, Callable[[], float]]] = []
@@ -201,9 +202,9 @@ class Recorder:
 
     def admit(self, model: str) -> None:
         """Let `model` be a label from now on. Its series that need no other label start at zero."""
-        if model in self._models:
+        if model in self.models:
             return
-        self._models.add(model)
+        self.models.add(model)
         for metric in METRICS.values():
             if metric.kind != "gauge" and self._role in metric.roles and tuple(metric.labels) == ("model",):
                 self.cell(metric.name, model=model)
@@ -259,7 +260,7 @@ class Recorder:
             allowed = metric.labels[label]
             if allowed is not None and value not in allowed:
                 raise ValueError(f"{metric.name}: {label} is {value!r}; it takes only {allowed}")
-            if label == "model" and value not in self._models:
+            if label == "model" and value not in self.models:
                 raise ValueError(f"{metric.name}: no model {value!r} is served here")
 
 

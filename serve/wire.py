@@ -118,6 +118,16 @@ class Failure(Frame, frozen=True):
         return by_code(self.code, self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaEntry:
+    """A replica in the hub's registry, and where its channel listens."""
+
+    replica_id: str
+    model: str
+    kind: str
+    address: str
+
+
 class Ping(Frame, frozen=True):
     """I am alive. Sent by both sides whenever they have nothing else to say; needs no answer."""
 
@@ -185,15 +195,6 @@ class LoadReport(Frame, frozen=True):
 
 class Drain(Frame, frozen=True):
     """Replica → gateway: nothing new is accepted here; open streams go on."""
-
-
-class ReplicaEntry(Frame, frozen=True):
-    """A replica in the hub's registry, and where its channel listens."""
-
-    replica_id: str
-    model: str
-    kind: str
-    address: str
 
 
 class Join(Frame, frozen=True):
