@@ -48,7 +48,7 @@ def load_text_model(
     config = read_config(folder)
     read = NATIVE.get(architecture_name(config))
     if read is None:
-        raise ModelError(f"{folder} is a {architecture_name(config)}; known are {', '.join(NATIVE)}")
+        return _load_foreign(folder, config, device, dtype, load_format, max_model_len)
     try:
         architecture = read(config)
     except KeyError as error:
@@ -68,6 +68,25 @@ def load_text_model(
         load_weights(folder, model.parameters(), unused=model.unused_names, progress=progress)
     model.finish()
     return model
+
+
+def _load_foreign(
+    folder: Path,
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    load_format: str,
+    max_model_len: int | None,
+) -> CausalLM:
+    # Imported here: transformers takes as long to import as a small model takes to load.
+    from models.text.hf import UnsupportedModel, load_transformers
+
+    try:
+        return load_transformers(
+            folder, config, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len
+        )
+    except UnsupportedModel as error:
+        raise ModelError(str(error)) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -68,9 +68,11 @@ class AttentionBackend(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Write the new keys and values into `kv` (this layer's cache), then attend causally; returns out_TNH.
 
         `window`: a position sees itself and the `window - 1` before it (sliding window); None: all before it.
+        `softcap`: scores are squeezed to `softcap * tanh(score / softcap)` before the mask (Gemma 2).
         """
         ...

@@ -22,9 +22,9 @@ from math import gcd
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from models.attention.base import KVCacheSpec, TokenLayout
+from models.attention.dense import attend_dense
 
 _GROUP_BYTES = 4 << 20
 """Keys and values gathered at once for decodes: stays in the last-level cache between the copy and its use."""
@@ -107,6 +107,7 @@ class CpuAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         if plan.fresh is not None:
             kv.index_fill_(0, plan.fresh, 0)
@@ -118,38 +119,51 @@ class CpuAttention:
         decodes, chunks = plan.work[window]
         by_block = kv.view(-1, self._block_values)
         if len(decodes) == 1 and not chunks:
-            return self._decode(q_TNH, by_block, decodes[0], scale)
+            return self._decode(q_TNH, by_block, decodes[0], scale, softcap)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         for group in decodes:
-            out_TNH[group.rows_S] = self._decode(q_TNH[group.rows_S], by_block, group, scale)
+            out_TNH[group.rows_S] = self._decode(q_TNH[group.rows_S], by_block, group, scale, softcap)
         for chunk in chunks:
-            self._prefill(q_TNH[chunk.start : chunk.stop], by_block, chunk, scale, out_TNH[chunk.start : chunk.stop])
+            rows = slice(chunk.start, chunk.stop)
+            self._prefill(q_TNH[rows], by_block, chunk, scale, softcap, out_TNH[rows])
         return out_TNH
 
-    def _decode(self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes, scale: float) -> torch.Tensor:
+    def _decode(
+        self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes, scale: float, softcap: float | None
+    ) -> torch.Tensor:
         spec, num = self._spec, group.num_sequences
         kv_SL2KH = self._gather(by_block, group.blocks).view(num, -1, 2, spec.num_kv_heads, spec.head_dim)
         keys, values = kv_SL2KH.permute(2, 0, 3, 1, 4)
         q_SKGH = q_SNH.view(num, spec.num_kv_heads, self._num_groups, spec.head_dim)
-        out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
+        if softcap is None:
+            out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
+        else:
+            out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
         return out_SKGH.reshape(num, self._num_heads, spec.head_dim)
 
     def _prefill(
-        self, q_TNH: torch.Tensor, by_block: torch.Tensor, chunk: _Chunk, scale: float, out_TNH: torch.Tensor
+        self,
+        q_TNH: torch.Tensor,
+        by_block: torch.Tensor,
+        chunk: _Chunk,
+        scale: float,
+        softcap: float | None,
+        out_TNH: torch.Tensor,
     ) -> None:
+        """Fill `out_TNH`."""
         spec = self._spec
         kv_L2KH = self._gather(by_block, chunk.blocks).view(-1, 2, spec.num_kv_heads, spec.head_dim)
         keys, values = kv_L2KH.permute(1, 2, 0, 3).unsqueeze(1)
         start = 0
         for mask_TL in chunk.masks:
             num, length = mask_TL.shape
-            out_1NTH = F.scaled_dot_product_attention(
+            out_1NTH = attend_dense(
                 q_TNH[start : start + num].transpose(0, 1).unsqueeze(0),
                 keys[:, :, :length],
                 values[:, :, :length],
-                attn_mask=mask_TL,
+                mask_TL,
                 scale=scale,
-                enable_gqa=self._num_groups > 1,
+                softcap=softcap,
             )
             out_TNH[start : start + num] = out_1NTH[0].transpose(0, 1)
             start += num

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from models.attention.base import KVCacheSpec, TokenLayout
+from models.attention.dense import attend_dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,13 @@ class SdpaAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         keys, values = kv
         keys[plan.slots_T] = k_TKH
         values[plan.slots_T] = v_TKH
         return torch.cat(
-            [self._one(q_TNH[row.start : row.stop], keys, values, row, scale, window) for row in plan.rows]
+            [self._one(q_TNH[row.start : row.stop], keys, values, row, scale, window, softcap) for row in plan.rows]
         )
 
     def _one(
@@ -84,18 +85,19 @@ class SdpaAttention:
         row: _Rows,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         cached_L = torch.arange(len(row.slots_L), device=q_TNH.device)
         distance_TL = row.positions_T[:, None] - cached_L[None, :]
-        mask_TL = distance_TL >= 0
+        is_hidden_TL = distance_TL < 0
         if window is not None:
-            mask_TL &= distance_TL < window
-        out_NTH = F.scaled_dot_product_attention(
+            is_hidden_TL |= distance_TL >= window
+        out_NTH = attend_dense(
             q_TNH.transpose(0, 1)[None],
             keys[row.slots_L].transpose(0, 1)[None],
             values[row.slots_L].transpose(0, 1)[None],
-            attn_mask=mask_TL,
+            torch.zeros_like(distance_TL, dtype=q_TNH.dtype).masked_fill_(is_hidden_TL, -torch.inf),
             scale=scale,
-            enable_gqa=self._num_heads != self._spec.num_kv_heads,
+            softcap=softcap,
         )[0]
         return out_NTH.transpose(0, 1)

@@ -85,6 +85,12 @@ def test_backend_equals_the_reference_at_any_block_size(name: str, block_size: i
     compare(make_attention(name, spec, 4), spec, 4, 10, schedule)
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_backend_equals_the_reference_with_capped_scores(name: str) -> None:
+    spec = spec_of(2, 16, torch.float32)
+    compare(make_attention(name, spec, 4), spec, 4, None, softcap=1.5)
+
+
 def test_several_groups_of_decodes_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     from models.attention import cpu
 
@@ -126,14 +132,15 @@ def compare(
     heads: int,
     window: int | None,
     schedule: list[dict[str, int]] = SCHEDULE,
+    softcap: float | None = None,
 ) -> None:
     reference = make_attention("sdpa", spec, heads)
     steps = Steps(spec, heads)
     (ours,), (theirs,) = attention.allocate(NUM_BLOCKS), reference.allocate(NUM_BLOCKS)
     for new in schedule:
         layout, q, k, v = steps.next(new)
-        out = attention.attend(q, k, v, ours, attention.plan(layout), scale=0.3, window=window)
-        expected = reference.attend(q, k, v, theirs, reference.plan(layout), scale=0.3, window=window)
+        out = attention.attend(q, k, v, ours, attention.plan(layout), scale=0.3, window=window, softcap=softcap)
+        expected = reference.attend(q, k, v, theirs, reference.plan(layout), scale=0.3, window=window, softcap=softcap)
         torch.testing.assert_close(out, expected, **TOLERANCE[spec.dtype])
 
 
