@@ -24,7 +24,7 @@ def silence() -> Iterator[None]:
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("holds", PROPERTIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(plan=plans())
 def test_holds_over_random_plans(
     holds: Callable[[Trace], None], scenario: Callable[[], Scenario], depth: int, plan: Plan
