@@ -77,6 +77,7 @@ class Exchange(Response):
         self._cause: TandemError | None = None
         self._has_started = False
         self._is_silent = True
+        self._is_over = False
         self._writing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,6 +152,9 @@ class Exchange(Response):
         if not data:
             return
         async with self._writing:
+            if self._is_over:
+                return  # a heartbeat that waited for the last write
+            self._is_over = is_last
             self._is_silent = False
             if not self._has_started:
                 self._has_started = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from serve.channel import Carrier, ChannelClient
@@ -57,6 +58,10 @@ class Gateway:
             refused_connection=Telemetry(self._recorder).refused_connection,
         )
         host, port = await self._server.start()
+        # What is loaded now stays: without this each collection walks all modules (1.6 ms a request instead of 0.6
+        # with transformers loaded, measured over 200 requests on a fake backend).
+        gc.collect()
+        gc.freeze()
         return _url(self._options.host, host, port)
 
     def cards(self) -> list[ModelCard]:
@@ -69,7 +74,7 @@ class Gateway:
             raise EngineDead("the gateway's server has stopped")
 
     async def drain(self, timeout_s: float) -> None:
-        """Readiness false at once, new work refused, what runs finished; after `timeout_s` it is ended with an error."""
+        """Readiness false at once, new work refused, what runs finished; what is left after `timeout_s` gets an error."""
         if self._server is not None:
             await self._server.drain(timeout_s)
 

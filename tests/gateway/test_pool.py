@@ -1,0 +1,229 @@
+"""Replicas come, refuse, get lost and go; requests find one as long as there is one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from gateway_fakes import Entry, FakeBackend, card, joined
+
+from serve.backend import Load
+from serve.errors import Draining, EngineDead, InvalidRequest, ModelNotFound, Overloaded, ReplicaLost, Unavailable
+from serve.gateway.pool import Pool
+from serve.gateway.routing import MAX_EXCESS, Candidate, Router
+from serve.request import SamplingParams, TextRequest
+
+
+def request(prompt=range(200), salt="") -> TextRequest:
+    sampling = SamplingParams(max_tokens=4)
+    return TextRequest(request_id="r", model="tiny", prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt)
+
+
+class Net:
+    """Connects to fakes; can lose them."""
+
+    def __init__(self, *backends: FakeBackend) -> None:
+        self.backends = {backend.replica_id: backend for backend in backends}
+        self.on_lost: dict[str, object] = {}
+        self.num_refused = 0
+        self.num_calls = 0
+
+    async def connect(self, entry, on_lost):
+        self.num_calls += 1
+        if self.num_refused:
+            self.num_refused -= 1
+            raise ReplicaLost("not yet")
+        self.on_lost[entry.replica_id] = on_lost
+        return self.backends[entry.replica_id]
+
+
+def with_pool(*backends: FakeBackend):
+    """Run a test's coroutine with a pool over `backends`."""
+
+    def decorate(scenario):
+        async def run():
+            net = Net(*backends)
+            pool = Pool(net.connect)
+            pool.update([Entry(backend.replica_id, backend.card.name) for backend in backends])
+            await joined(pool, len(backends))
+            try:
+                await scenario(pool, net)
+            finally:
+                await pool.aclose()
+
+        asyncio.run(asyncio.wait_for(run(), 30))
+
+    return decorate
+
+
+async def read(stream) -> int:
+    return sum([1 async for _ in stream])
+
+
+@pytest.mark.parametrize(
+    "refusal", [Overloaded("full", retry_after_s=1), Draining("x"), ReplicaLost("x"), EngineDead("x")]
+)
+def test_next_replica_is_tried_when_one_refuses_for_now(refusal):
+    a, b = FakeBackend(replica_id="a", refusal=refusal), FakeBackend(replica_id="b")
+
+    @with_pool(a, b)
+    async def _(pool, net):
+        for _ in range(4):
+            assert await read(await pool.submit(request())) > 0
+        assert len(b.requests) == 4
+
+
+def test_invalid_request_is_not_tried_elsewhere():
+    a, b = (FakeBackend(replica_id=name, refusal=InvalidRequest("no")) for name in "ab")
+
+    @with_pool(a, b)
+    async def _(pool, net):
+        with pytest.raises(InvalidRequest):
+            await pool.submit(request())
+        assert len(a.requests) + len(b.requests) == 1
+
+
+def test_when_all_are_full_the_soonest_retry_time_is_told():
+    a = FakeBackend(replica_id="a", refusal=Overloaded("full", retry_after_s=9))
+    b = FakeBackend(replica_id="b", refusal=Overloaded("full", retry_after_s=3))
+
+    @with_pool(a, b)
+    async def _(pool, net):
+        with pytest.raises(Overloaded) as refused:
+            await pool.submit(request())
+        assert refused.value.retry_after_s == 3
+
+
+def test_loss_after_the_first_event_is_not_retried():
+    a = FakeBackend(replica_id="a", fail_after=(1, ReplicaLost("gone")))
+    b = FakeBackend(replica_id="b", fail_after=(1, ReplicaLost("gone")))
+
+    @with_pool(a, b)
+    async def _(pool, net):
+        with pytest.raises(ReplicaLost):
+            await read(await pool.submit(request()))
+        assert len(a.requests) + len(b.requests) == 1
+
+
+def test_loss_before_the_first_event_is_retried_once():
+    backends = [FakeBackend(replica_id=name, fail_after=(0, ReplicaLost("gone"))) for name in "abc"]
+
+    @with_pool(*backends)
+    async def _(pool, net):
+        with pytest.raises(ReplicaLost):
+            await read(await pool.submit(request()))
+        assert sum(len(backend.requests) for backend in backends) == 2
+
+
+def test_unknown_model_names_those_that_are_served():
+    @with_pool(FakeBackend())
+    async def _(pool, net):
+        with pytest.raises(ModelNotFound, match="'tiny'"):
+            pool.find("other")
+        assert pool.find("small").name == "tiny" and pool.find(None).name == "tiny"
+
+
+def test_model_without_a_name_must_be_the_only_one():
+    @with_pool(FakeBackend(replica_id="a"), FakeBackend(replica_id="b", card=card("second", aliases=())))
+    async def _(pool, net):
+        with pytest.raises(InvalidRequest, match="second"):
+            pool.find(None)
+
+
+def test_model_whose_replicas_are_gone_is_unavailable_not_unknown():
+    @with_pool(FakeBackend())
+    async def _(pool, net):
+        pool.update([])
+        assert pool.find("tiny").name == "tiny" and not pool.is_ready
+        with pytest.raises(Unavailable):
+            await pool.submit(request())
+
+
+def test_before_any_replica_every_model_is_unavailable():
+    async def scenario():
+        pool = Pool(Net().connect)
+        for name in ("x", None):
+            with pytest.raises(Unavailable):
+                pool.find(name)
+
+    asyncio.run(scenario())
+
+
+def test_lost_replica_is_reached_again_while_the_hub_names_it(monkeypatch):
+    monkeypatch.setattr("serve.gateway.pool.FIRST_RETRY_S", 0.001)
+    backend = FakeBackend()
+
+    @with_pool(backend)
+    async def _(pool, net):
+        net.num_refused = 2
+        net.on_lost["replica-0"]()
+        assert not pool.is_ready
+        await joined(pool, 1)
+        assert pool.is_ready and net.num_calls == 4
+        assert await read(await pool.submit(request())) > 0
+
+
+def test_dropped_replica_finishes_its_streams_and_gets_nothing_new():
+    backend = FakeBackend()
+
+    @with_pool(backend)
+    async def _(pool, net):
+        stream = await pool.submit(request())
+        pool.update([])
+        assert backend.num_closed == 0
+        assert await read(stream) > 0
+        await stream.aclose()
+        await asyncio.sleep(0)
+        assert backend.num_closed == 1
+
+
+def test_closing_a_stream_twice_counts_once():
+    backend = FakeBackend()
+
+    @with_pool(backend)
+    async def _(pool, net):
+        stream = await pool.submit(request())
+        await stream.aclose()
+        await stream.aclose()
+        assert backend.num_cancelled == 1 and pool._members["replica-0"].num_open == 0
+
+
+def candidates(**busy: int) -> list[Candidate]:
+    return [Candidate(name, Load(running=count), 0) for name, count in busy.items()]
+
+
+def test_least_busy_replica_is_first_and_equal_ones_take_turns():
+    router = Router()
+    assert [c.replica_id for c in router.rank(request(), candidates(a=3, b=1, c=2))] == ["b", "c", "a"]
+    firsts = {router.rank(request(), candidates(a=1, b=1))[0].replica_id for _ in range(4)}
+    assert firsts == {"a", "b"}
+
+
+def test_replica_with_the_prefix_is_first_unless_much_busier():
+    router = Router()
+    router.record(request(range(128)), "a")
+    longer = request([*range(128), *[9] * 100])
+    assert router.rank(longer, candidates(a=MAX_EXCESS, b=0))[0].replica_id == "a"
+    assert router.rank(longer, candidates(a=MAX_EXCESS + 1, b=0))[0].replica_id == "b"
+    assert router.rank(request([7] * 200), candidates(a=1, b=0))[0].replica_id == "b"
+
+
+def test_prefixes_of_other_tenants_and_lost_replicas_do_not_count():
+    router = Router()
+    router.record(request(salt="x"), "a")
+    assert router.rank(request(salt="y"), candidates(a=1, b=0))[0].replica_id == "b"
+    assert router.rank(request(salt="x"), candidates(a=1, b=0))[0].replica_id == "a"
+    router.forget("a")
+    assert router.rank(request(salt="x"), candidates(a=1, b=0))[0].replica_id == "b"
+
+
+def test_memory_of_prefixes_is_bounded():
+    router = Router(max_remembered=10)
+    for number in range(100):
+        router.record(request([number] * 200), "a")
+    assert len(router._holder) == 10
+
+
+def test_own_open_streams_count_when_the_report_is_old():
+    stale = [Candidate("a", Load(), 5), Candidate("b", Load(running=2), 0)]
+    assert Router().rank(request(), stale)[0].replica_id == "b"
