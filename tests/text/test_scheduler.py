@@ -359,6 +359,16 @@ def test_while_a_victims_blocks_are_in_flight_nobody_else_is_preempted():
     assert scheduler.num_preemptions == 1
 
 
+def test_a_victim_is_not_scheduled_in_the_step_that_made_it_one():
+    scheduler = make_scheduler(num_blocks=2)
+    add(scheduler, sequence([1] * 4, "a", priority=1), sequence([2], "victim"))
+    first = scheduler.schedule()
+    assert shape(first) == {"a": 4, "victim": 1}
+    assert scheduler.schedule() is None
+    settle(scheduler, first)
+    assert run_step(scheduler) == {"a": 1}
+
+
 def test_alone_a_sequence_gets_what_it_needs_from_the_others():
     a, b = sequence([1] * 8, "a"), sequence([2] * 8, "b")
     scheduler = tight(a=a, b=b)
