@@ -361,7 +361,7 @@ def test_while_a_victims_blocks_are_in_flight_nobody_else_is_preempted():
 
 def test_a_victim_is_not_scheduled_in_the_step_that_made_it_one():
     scheduler = make_scheduler(num_blocks=2)
-    add(scheduler, sequence([1] * 4, "a", priority=1), sequence([2], "victim"))
+    add(scheduler, sequence([1] * 4, "a", priority=1, max_tokens=4), sequence([2], "victim"))
     first = scheduler.schedule()
     assert shape(first) == {"a": 4, "victim": 1}
     assert scheduler.schedule() is None
