@@ -51,8 +51,6 @@ def load_text_model(
         return _load_foreign(folder, config, device, dtype, load_format, max_model_len)
     try:
         architecture = read(config)
-    except KeyError as error:
-        raise ModelError(f"{folder / 'config.json'} lacks {error}") from error
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     longest = architecture.spec.max_positions

@@ -49,25 +49,26 @@ def read_dense(
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act is {activation!r}; the native decoder computes 'silu'")
-    num_heads = int(config["num_attention_heads"])
-    num_layers = int(config["num_hidden_layers"])
-    head_dim = head_dim or int(config.get("head_dim") or config["hidden_size"] // num_heads)
+    num_heads = read_count(config, "num_attention_heads")
+    num_layers = read_count(config, "num_hidden_layers")
+    hidden_size = read_count(config, "hidden_size")
+    head_dim = head_dim or int(config.get("head_dim") or hidden_size // num_heads)
     rope = RopeSpec.read(config, head_dim=head_dim)
     spec = DecoderSpec(
         architecture=(config.get("architectures") or [config["model_type"]])[0],
         num_layers=num_layers,
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
         head_dim=head_dim,
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=read_count(config, "vocab_size"),
         max_positions=rope.longest,
         eos_token_ids=read_eos(config),
         dtype=read_dtype(config),
     )
     return DenseArchitecture(
         spec=spec,
-        intermediate_size=int(config["intermediate_size"]),
+        intermediate_size=read_count(config, "intermediate_size"),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=rope,
         windows=windows or (None,) * num_layers,
@@ -78,7 +79,7 @@ def read_dense(
 
 def qwen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     """Sliding windows as Qwen2 and Qwen3 spell them: by `layer_types`, in older files by `max_window_layers`."""
-    num_layers = int(config["num_hidden_layers"])
+    num_layers = read_count(config, "num_hidden_layers")
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
     kinds = config.get("layer_types")
     if kinds is None:
@@ -87,6 +88,14 @@ def qwen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     if len(kinds) < num_layers:
         raise ValueError(f"layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
+
+
+def read_count(config: dict[str, Any], key: str) -> int:
+    """A positive whole number of the config. Raises ValueError naming the key."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} is {value!r}; a positive whole number is needed")
+    return value
 
 
 def read_eos(config: dict[str, Any]) -> tuple[int, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.text.architecture import DenseArchitecture, read_dense
+from models.text.architecture import DenseArchitecture, read_count, read_dense
 
 
 def read(config: dict[str, Any]) -> DenseArchitecture:
     # transformers' default for a file that does not name the window is 4096 (Mistral 7B v0.1).
     window = config.get("sliding_window", 4096)
-    return read_dense(config, windows=(window,) * int(config["num_hidden_layers"]))
+    return read_dense(config, windows=(window,) * read_count(config, "num_hidden_layers"))

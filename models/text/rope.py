@@ -38,7 +38,9 @@ class RopeSpec:
         """
         parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-        max_positions = int(config["max_position_embeddings"])
+        max_positions = config.get("max_position_embeddings")
+        if not isinstance(max_positions, int) or max_positions < 1:
+            raise ValueError(f"max_position_embeddings is {max_positions!r}; a positive whole number is needed")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_type is {kind!r}; the native decoder knows {', '.join(ROPE_TYPES)}")
         if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
