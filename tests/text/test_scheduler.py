@@ -361,12 +361,14 @@ def test_while_a_victims_blocks_are_in_flight_nobody_else_is_preempted():
 
 def test_a_victim_is_not_scheduled_in_the_step_that_made_it_one():
     scheduler = make_scheduler(num_blocks=2)
-    add(scheduler, sequence([1] * 4, "a", priority=1, max_tokens=4), sequence([2], "victim"))
-    first = scheduler.schedule()
-    assert shape(first) == {"a": 4, "victim": 1}
-    assert scheduler.schedule() is None
-    settle(scheduler, first)
+    a, victim = sequence([1] * 3, "a", max_tokens=5), sequence([2], "victim")
+    add(scheduler, a)
+    run_step(scheduler)
+    add(scheduler, victim)
+    scheduler.abandon(scheduler.schedule())
+    settle(scheduler, scheduler.schedule(only=a))
     assert run_step(scheduler) == {"a": 1}
+    assert (a.num_preemptions, victim.num_preemptions) == (0, 1)
 
 
 def test_alone_a_sequence_gets_what_it_needs_from_the_others():
