@@ -25,6 +25,7 @@ from serve.gateway.pool import Pool
 from serve.metrics import Recorder, render
 from serve.options import GatewayOptions
 from serve.request import ModelCard, TextRequest
+from serve.wire import ReplicaEntry
 
 
 @cache
@@ -51,14 +52,8 @@ def card(name: str = "tiny", **fields: Any) -> ModelCard:
     return ModelCard(name=name, **{**values, **fields})
 
 
-@dataclass(frozen=True)
-class Entry:
-    """As `serve.hub.ReplicaEntry`."""
-
-    replica_id: str
-    model: str
-    kind: str = "text"
-    address: str = "memory"
+def entry(replica_id: str, model: str = "tiny", address: str = "memory") -> ReplicaEntry:
+    return ReplicaEntry(replica_id=replica_id, model=model, kind="text", address=address)
 
 
 @dataclass
@@ -198,7 +193,7 @@ async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[
         return by_id[entry.replica_id]
 
     pool = Pool(connect)
-    pool.update([Entry(replica.replica_id, replica.card.name) for replica in replicas])
+    pool.update([entry(replica.replica_id, replica.card.name) for replica in replicas])
     await joined(pool, len(replicas))
     drain, recorder = Drain(), Recorder("gateway-0", "gateway")
 

@@ -13,10 +13,11 @@ from serve.gateway.drain import Drain
 from serve.gateway.pool import Pool
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
-from serve.hub import HubClient, ReplicaEntry
+from serve.hub import Address, HubClient
 from serve.metrics import Recorder
 from serve.options import GatewayOptions
 from serve.request import ModelCard
+from serve.wire import ReplicaEntry
 
 
 class Gateway:
@@ -28,7 +29,7 @@ class Gateway:
         *,
         gateway_id: str,
         secret: bytes,
-        hub_address: str,
+        hub_address: Address,
         carrier_for: Callable[[ReplicaEntry], Carrier | None] = lambda entry: None,
     ) -> None:
         self._options = options
@@ -74,12 +75,13 @@ class Gateway:
             raise EngineDead("the gateway's server has stopped")
 
     async def drain(self, timeout_s: float) -> None:
-        """Readiness false at once, new work refused, what runs finished; what is left after `timeout_s` gets an error."""
+        """Readiness false at once, new work refused; what still runs after `timeout_s` ends with an error."""
         if self._server is not None:
             await self._server.drain(timeout_s)
 
     async def aclose(self) -> None:
         """Close sockets and connections; what still runs is cancelled."""
+        gc.unfreeze()
         if self._server is not None:
             await self._server.aclose()
         await self._pool.aclose()

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from serve.backend import Backend, EventStream, Load
 from serve.errors import (
@@ -29,9 +29,7 @@ from serve.events import Event
 from serve.gateway.routing import Candidate, Router
 from serve.request import ModelCard, TextRequest
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
-
-if TYPE_CHECKING:
-    from serve.hub import ReplicaEntry
+from serve.wire import ReplicaEntry
 
 log = logging.getLogger("tandem.gateway")
 
@@ -51,7 +49,7 @@ class Remote(Backend, Protocol):
     def is_alive(self) -> bool: ...
 
 
-Connect = Callable[["ReplicaEntry", Callable[[], None]], Awaitable[Remote]]
+Connect = Callable[[ReplicaEntry, Callable[[], None]], Awaitable[Remote]]
 """Connect to a replica; the callable is called once when the connection is lost."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from gateway_fakes import Entry, FakeBackend, card, joined
+from gateway_fakes import FakeBackend, card, entry, joined
 
 from serve.backend import Load
 from serve.errors import Draining, EngineDead, InvalidRequest, ModelNotFound, Overloaded, ReplicaLost, Unavailable
@@ -28,13 +28,13 @@ class Net:
         self.num_refused = 0
         self.num_calls = 0
 
-    async def connect(self, entry, on_lost):
+    async def connect(self, named, on_lost):
         self.num_calls += 1
         if self.num_refused:
             self.num_refused -= 1
             raise ReplicaLost("not yet")
-        self.on_lost[entry.replica_id] = on_lost
-        return self.backends[entry.replica_id]
+        self.on_lost[named.replica_id] = on_lost
+        return self.backends[named.replica_id]
 
 
 def with_pool(*backends: FakeBackend):
@@ -44,7 +44,7 @@ def with_pool(*backends: FakeBackend):
         async def run():
             net = Net(*backends)
             pool = Pool(net.connect)
-            pool.update([Entry(backend.replica_id, backend.card.name) for backend in backends])
+            pool.update([entry(backend.replica_id, backend.card.name) for backend in backends])
             await joined(pool, len(backends))
             try:
                 await scenario(pool, net)
