@@ -24,7 +24,7 @@ from serve.errors import Draining, InvalidRequest, ReplicaLost, TandemError, Una
 from serve.events import Event
 from serve.request import ModelCard, Request
 
-log = logging.getLogger("tandem.channel")
+log = logging.getLogger(__name__)
 
 Carrier = Callable[[str, int, Request], Awaitable[None]]
 """(gateway_id, stream_id, request): brings the request to `ChannelServer.run` and returns when it has ended."""

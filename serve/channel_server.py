@@ -25,7 +25,7 @@ from serve.events import Event
 from serve.listener import Listener
 from serve.request import Request
 
-log = logging.getLogger("tandem.channel")
+log = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 0.25
 """The longest time between a change of load and its report; otherwise a report rides on a step's write."""

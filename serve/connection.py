@@ -23,7 +23,7 @@ from typing import Protocol, cast
 from serve.errors import Unavailable
 from serve.wire import HEADER, MAX_FRAME_BYTES, PROTOCOL_VERSION, Address, Frame, Malformed, Ping, decode, encode
 
-log = logging.getLogger("tandem.connection")
+log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 """From the first byte to mutual proof; who takes longer is cut off."""

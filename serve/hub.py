@@ -25,7 +25,7 @@ from serve.listener import Listener
 from serve.metrics import METRICS, Recorder, Series, Snapshot, render
 from serve.wire import ReplicaEntry
 
-log = logging.getLogger("tandem.hub")
+log = logging.getLogger(__name__)
 
 EXPIRY_S = 15.0
 PUSH_PERIOD_S = 1.0

@@ -275,6 +275,7 @@ class EngineObserver:
         self._step_jobs = recorder.cell("tandem_step_jobs", model=model)
         self._step_tokens = recorder.cell("tandem_step_tokens", model=model)
         self._queue_time = recorder.cell("tandem_request_queue_time_seconds", model=model)
+        self._cancel_to_free = recorder.cell("tandem_cancel_to_free_seconds", model=model)
         self._ended = {
             reason: recorder.cell("tandem_jobs_total", model=model, reason=reason.value) for reason in FinishReason
         }
@@ -293,6 +294,8 @@ class EngineObserver:
             self._ended[job.finish_reason].count()
         if job.first_scheduled is not None:
             self._queue_time.observe(job.first_scheduled - job.arrival)
+        if job.finish_reason is FinishReason.CANCELLED and job.cancelled is not None and job.finished is not None:
+            self._cancel_to_free.observe(job.finished - job.cancelled)
 
 
 def render(snapshots: Iterable[Snapshot]) -> str:

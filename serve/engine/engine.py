@@ -116,7 +116,12 @@ class Engine(Generic[J, B, O]):
 
     def cancel(self, job_id: str) -> None:
         """End this job at the next step boundary, unless it has ended by then."""
-        self._inbox.put(partial(self._cancel, job_id))
+        self._inbox.put(partial(self._cancel, job_id, self._clock()))
+
+    @property
+    def scheduler(self) -> Scheduler[J, B, O]:
+        """For those who read its counters; only the engine's thread may call it."""
+        return self._scheduler
 
     def load(self) -> Load:
         """As of the last step; what came in since counts as waiting."""
@@ -297,9 +302,10 @@ class Engine(Generic[J, B, O]):
         if job.timeout_s is not None:
             self._deadlines.add(job)
 
-    def _cancel(self, job_id: str) -> None:
+    def _cancel(self, job_id: str, asked: float) -> None:
         stream = self._streams.get(job_id)
         if stream is not None:
+            stream.job.cancelled = asked
             self._remove(stream.job, FinishReason.CANCELLED)
 
     def _remove(self, job: J, reason: FinishReason, error: TandemError | None = None) -> None:

@@ -34,6 +34,8 @@ class Job:
     arrival: float = 0.0
     first_scheduled: float | None = None
     first_output: float | None = None
+    cancelled: float | None = None
+    """When its cancellation was asked for."""
     finished: float | None = None
 
     @property

@@ -17,6 +17,7 @@ from serve.engine.stream import Stream
 from serve.errors import InvalidRequest, TandemError
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.request import ModelCard, Request
+from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
 
 
@@ -31,6 +32,13 @@ class TextBackend:
     @property
     def card(self) -> ModelCard:
         return self._card
+
+    @property
+    def scheduler(self) -> TokenScheduler:
+        """For those who read its counters."""
+        scheduler = self._engine.scheduler
+        assert isinstance(scheduler, TokenScheduler)
+        return scheduler
 
     async def submit(self, request: Request) -> EventStream:
         """All choices or none: if one is refused, those accepted before it are cancelled."""

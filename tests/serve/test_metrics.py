@@ -132,11 +132,12 @@ def test_the_observer_counts_steps_and_ends():
     observer.follow("tandem_preemptions_total", lambda: preemptions[0])
     observer.on_step(StepStats(duration_s=0.004, num_jobs=3, num_tokens=40))
     observer.on_finish(Job(id="a", arrival=1.0, first_scheduled=1.5, finish_reason=FinishReason.STOP))
-    observer.on_finish(Job(id="b", arrival=1.0, finish_reason=FinishReason.CANCELLED))
+    observer.on_finish(Job(id="b", arrival=1.0, cancelled=3.0, finished=3.25, finish_reason=FinishReason.CANCELLED))
     preemptions[0] = 2
     found = values(render([recorder.snapshot()]))
     assert found["tandem_step_tokens_sum{model=m}"] == 40 and found["tandem_step_jobs_bucket{le=4.0,model=m}"] == 1
     assert found["tandem_request_queue_time_seconds_sum{model=m}"] == 0.5
     assert found["tandem_request_queue_time_seconds_count{model=m}"] == 1
+    assert found["tandem_cancel_to_free_seconds_sum{model=m}"] == 0.25
     assert found["tandem_jobs_total{model=m,reason=cancelled}"] == found["tandem_jobs_total{model=m,reason=stop}"] == 1
     assert found["tandem_preemptions_total{model=m}"] == 2

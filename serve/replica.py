@@ -1,0 +1,161 @@
+"""One replica of one model: backend, channel, and its place at the hub. A child process or a Ray actor holds one.
+
+A replica does not live on half alive: when its engine dies, or a step hangs, its streams get their error, one line is
+logged and the process ends, so that whoever started it starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve.backend import Backend
+from serve.channel_server import ChannelServer
+from serve.errors import ConfigError, EngineDead
+from serve.hub import Address, HubClient, ReplicaEntry
+from serve.metrics import EngineObserver, Recorder
+from serve.options import ModelOptions
+from serve.request import ModelCard
+
+log = logging.getLogger(__name__)
+
+EXIT_STATUS = 70
+"""Of a process whose engine died (EX_SOFTWARE)."""
+LAST_WORDS_S = 0.5
+"""Between an engine's death and its process's end: the streams' errors leave."""
+WATCH_PERIOD_S = 1.0
+
+OnDeath = Callable[[BaseException], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a builder makes: the backend and what gateways need to make its text."""
+
+    backend: Backend
+    bundle: dict[str, bytes]
+
+
+def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath) -> Served:
+    """Load the model and start its engine. Blocks. Raises ConfigError."""
+    from models.source import SourceError, kind_of, resolve
+
+    try:
+        folder = resolve(options.model, options.revision, load_format=options.load_format)
+        kind = options.kind or kind_of(folder)
+    except SourceError as error:
+        raise ConfigError(f"model: {error}", param="model") from error
+    if kind not in BUILDERS:
+        raise ConfigError(f"{options.model!r} is a model of kind {kind!r}; served are {[*BUILDERS]}", param="model")
+    return BUILDERS[kind](options, folder, observer, on_death)
+
+
+def _build_text(options: ModelOptions, folder: Path, observer: EngineObserver, on_death: OnDeath) -> Served:
+    from serve.text.build import build_text
+    from serve.text.tokenizer import TokenizerBundle
+
+    template = None if options.chat_template is None else Path(options.chat_template)
+    bundle = TokenizerBundle.from_folder(folder, template)
+    backend = build_text(options, observer=observer, on_death=on_death)
+    scheduler = backend.scheduler
+    observer.follow("tandem_kv_cache_blocks", lambda: scheduler.kv_cache.num_blocks)
+    observer.follow("tandem_preemptions_total", lambda: scheduler.num_preemptions)
+    observer.follow("tandem_prefix_cache_queries_tokens_total", lambda: scheduler.num_prefix_query_tokens)
+    observer.follow("tandem_prefix_cache_hits_tokens_total", lambda: scheduler.num_prefix_hit_tokens)
+    observer.follow("tandem_kv_cache_usage_ratio", lambda: backend.load().memory)
+    return Served(backend, bundle.files)
+
+
+BUILDERS: dict[str, Callable[[ModelOptions, Path, EngineObserver, OnDeath], Served]] = {"text": _build_text}
+"""Kind → how its backend is made. The imports inside are the process's heavy ones."""
+
+
+class Replica:
+    """Start, drain, close. `server` is the channel's end, for a carrier (`ChannelServer.run`)."""
+
+    def __init__(
+        self,
+        options: ModelOptions,
+        *,
+        replica_id: str,
+        secret: bytes,
+        hub_address: Address,
+        address: str,
+        build: Callable[[ModelOptions, EngineObserver, OnDeath], Served] = build,
+        exit: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._options = options
+        self._replica_id = replica_id
+        self._secret = secret
+        self._hub_address = hub_address
+        self._address = address
+        self._build = build
+        self._exit = exit
+        self._is_closed = False
+        self._hub: HubClient | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.server: ChannelServer
+
+    @property
+    def card(self) -> ModelCard:
+        return self.server.backend.card
+
+    async def start(self) -> None:
+        """Load the model, listen, and tell the hub. Raises ConfigError and Unavailable."""
+        recorder = Recorder(self._replica_id, "replica")
+        observer = EngineObserver(recorder, self._options.name)
+        served = await asyncio.to_thread(self._build, self._options, observer, self._on_death)
+        backend = served.backend
+        observer.follow("tandem_requests_running", lambda: backend.load().running)
+        observer.follow("tandem_requests_waiting", lambda: backend.load().waiting)
+        observer.follow("tandem_waiting_tokens", lambda: backend.load().tokens_waiting)
+        recorder.describe(backend.card)
+        self.server = ChannelServer(backend, served.bundle, secret=self._secret, replica_id=self._replica_id)
+        address = await self.server.start(self._address)
+        self._hub = await HubClient.connect(
+            self._hub_address, secret=self._secret, process=self._replica_id, recorder=recorder
+        )
+        await self._hub.register(ReplicaEntry(self._replica_id, backend.card.name, backend.card.kind, address))
+        self._watching = asyncio.create_task(self._watch())
+        log.info("replica ready id=%s model=%s address=%s", self._replica_id, backend.card.name, address)
+
+    async def check_health(self) -> None:
+        """Raise EngineDead when the engine can no longer serve."""
+        await self.server.backend.check_health()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests; return when the accepted ones have ended, or `timeout_s` later."""
+        await self.server.drain(timeout_s)
+
+    async def aclose(self) -> None:
+        """Leave the hub, end the streams that are left and the engine."""
+        self._is_closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._hub is not None:
+            await self._hub.aclose()
+        await self.server.aclose()
+        await self.server.backend.aclose()
+
+    async def _watch(self) -> None:
+        """Notice what the engine's thread cannot say itself: that it hangs."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            try:
+                await self.check_health()
+            except EngineDead as error:
+                self._on_death(error)
+                return
+
+    def _on_death(self, cause: BaseException) -> None:
+        """End the process, once what has already been said is sent. Any thread, and whatever the event loop does."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        log.critical("replica ends id=%s status=%s cause=%r", self._replica_id, EXIT_STATUS, cause)
+        threading.Timer(LAST_WORDS_S, self._exit, (EXIT_STATUS,)).start()

@@ -1,0 +1,213 @@
+"""A replica: its model over the channel, its place at the hub, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_backend import FakeBackend, request
+from prometheus_client.parser import text_string_to_metric_families
+from tiny import tiny_folder
+
+from serve import replica as replica_module
+from serve.channel import ChannelClient
+from serve.errors import ConfigError, EngineDead, ReplicaLost
+from serve.events import Finished, TokenDelta
+from serve.hub import Hub, ReplicaEntry
+from serve.options import ModelOptions
+from serve.replica import Replica, Served
+from serve.request import SamplingParams, TextRequest
+
+SECRET = b"s" * 32
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(limited())
+
+
+@contextlib.asynccontextmanager
+async def started(
+    folder: Path, options: ModelOptions | None = None, **collaborators: Any
+) -> AsyncIterator[tuple[Replica, Hub, ChannelClient]]:
+    hub = Hub(SECRET)
+    hub_address = await hub.start(f"unix:{folder}/hub")
+    replica = Replica(
+        options or ModelOptions(model="fake"), replica_id="replica-0", secret=SECRET, hub_address=hub_address,
+        address=f"unix:{folder}/replica", **collaborators,
+    )  # fmt: skip
+    try:
+        await replica.start()
+        (entry,) = hub.entries()
+        client = await ChannelClient.connect(entry.address, secret=SECRET, gateway_id="gateway-0")
+        try:
+            yield replica, hub, client
+        finally:
+            await client.aclose()
+            await replica.aclose()
+    finally:
+        await hub.aclose()
+
+
+def fake(backend: FakeBackend) -> Callable[..., Served]:
+    return lambda options, observer, on_death: Served(backend, {"tokenizer.json": b"{}"})
+
+
+def samples(text: str) -> dict[str, float]:
+    families = text_string_to_metric_families(text)
+    return {s.name: s.value for family in families for s in family.samples if s.labels["process"] == "replica-0"}
+
+
+def test_a_replica_is_registered_with_what_it_serves_and_leaves_when_it_closes(tmp_path):
+    async def test() -> None:
+        backend = FakeBackend(period_s=0)
+        async with started(tmp_path, build=fake(backend)) as (replica, hub, client):
+            assert hub.entries() == [ReplicaEntry("replica-0", "fake", "text", f"unix:{tmp_path}/replica")]
+            assert client.card == replica.card == backend.card and client.bundle == {"tokenizer.json": b"{}"}
+            await replica.aclose()
+            assert hub.entries() == []
+
+    run(test)
+
+
+def test_a_draining_replica_lets_its_streams_end(tmp_path):
+    async def test() -> None:
+        backend = FakeBackend()
+        async with started(tmp_path, build=fake(backend)) as (replica, _, client):
+            stream = await client.submit(request())
+            draining = asyncio.create_task(replica.drain(10))
+            backend.streams[0].put(TokenDelta(0, (1,)))
+            backend.streams[0].end()
+            assert [events async for events in stream] == [[TokenDelta(0, (1,))]]
+            await draining
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["says so", "hangs"])
+def test_a_dead_engine_ends_its_process_after_its_streams_have_their_error(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(replica_module, "WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr(replica_module, "LAST_WORDS_S", 0.1)
+
+    async def test() -> None:
+        backend, deaths, statuses, ended = FakeBackend(), [], [], threading.Event()
+
+        def build(options: ModelOptions, observer: Any, on_death: Callable[[BaseException], None]) -> Served:
+            deaths.append(on_death)
+            return Served(backend, {})
+
+        def exit(status: int) -> None:
+            statuses.append(status)
+            ended.set()
+
+        async def sick() -> None:
+            raise EngineDead("a step hangs")
+
+        async with started(tmp_path, build=build, exit=exit) as (_, _, client):
+            stream = await client.submit(request())
+            backend.streams[0].end(EngineDead("the engine has died"))
+            if how == "hangs":
+                monkeypatch.setattr(backend, "check_health", sick)
+            else:
+                await asyncio.to_thread(deaths[0], RuntimeError("CUDA error"))
+            with pytest.raises(EngineDead):
+                await anext(stream)
+            assert await asyncio.to_thread(ended.wait, 5)
+            assert statuses == [replica_module.EXIT_STATUS]
+
+    run(test)
+
+
+def test_an_orderly_end_is_no_death(tmp_path):
+    async def test() -> None:
+        deaths: list[Callable[[BaseException], None]] = []
+        statuses: list[int] = []
+
+        def build(options: ModelOptions, observer: Any, on_death: Callable[[BaseException], None]) -> Served:
+            deaths.append(on_death)
+            return Served(FakeBackend(), {})
+
+        async with started(tmp_path, build=build, exit=statuses.append) as (replica, _, _):
+            await replica.aclose()
+            deaths[0](RuntimeError("the engine's thread ends"))
+        assert threading.active_count() < 20 and statuses == []
+
+    run(test)
+
+
+def test_a_text_model_is_built_served_and_measured(tmp_path):
+    torch.set_num_threads(1)
+    model = str(tiny_folder(tmp_path))
+    options = ModelOptions(
+        model=model, served_model_name=("tiny",), device="cpu", threads=1, kv_cache_memory_bytes=1 << 20
+    )
+
+    async def test() -> None:
+        async with started(tmp_path, options) as (_, hub, client):
+            assert client.card.name == "tiny" and "tokenizer.json" in client.bundle
+            sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+            asked = TextRequest(request_id="r", model="tiny", prompt_token_ids=tuple(range(3, 40)), sampling=sampling)
+            for _ in range(2):
+                stream = await client.submit(asked)
+                events = [event async for events in stream for event in events]
+                assert sum(len(event.token_ids) for event in events if isinstance(event, TokenDelta)) == 6
+            assert isinstance(events[-1], Finished) and events[-1].usage.cached_tokens == 32
+            found: dict[str, float] = {}
+            while found.get("tandem_jobs_total") is None or found["tandem_request_queue_time_seconds_count"] < 2:
+                await asyncio.sleep(0.05)
+                found = samples(hub.render())
+            assert found["tandem_prefix_cache_queries_tokens_total"] >= 74
+            assert found["tandem_prefix_cache_hits_tokens_total"] == 32
+            assert found["tandem_kv_cache_blocks"] > 0 and found["tandem_kv_cache_usage_ratio"] == 0
+            assert found["tandem_model_info"] == 1 and found["tandem_requests_running"] == 0
+            assert found["tandem_step_tokens_sum"] >= 37 + 5 + 5 + 5
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (ModelOptions(model="/nowhere/at/all"), "/nowhere/at/all"),
+        (ModelOptions(model="tiny", kind="image"), "kind 'image'; served are ['text']"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_clear_sentence(tmp_path, monkeypatch, options, words):
+    if options.kind == "image":
+        monkeypatch.setattr("models.source.resolve", lambda *args, **kwargs: tmp_path)
+
+    async def test() -> None:
+        with pytest.raises(ConfigError) as raised:
+            async with started(tmp_path, options):
+                pass
+        assert words in raised.value.message
+
+    run(test)
+
+
+def test_the_module_itself_loads_no_torch():
+    code = "import sys, serve.replica; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_streams_left_at_the_end_are_told(tmp_path):
+    async def test() -> None:
+        async with started(tmp_path, build=fake(FakeBackend())) as (replica, _, client):
+            stream = await client.submit(request())
+            await replica.aclose()
+            with pytest.raises(ReplicaLost):
+                await anext(stream)
+
+    run(test)
