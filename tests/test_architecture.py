@@ -112,7 +112,10 @@ def test_no_security_check_is_an_assert_in_the_gateway():
     """`python -O` removes asserts: the gateway and the wire must not rely on one to refuse input."""
     places = [path for path in sources() if relative(path).startswith(("serve/gateway/", "serve/wire.py"))]
     strays = [
-        relative(path) for path in places for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)
+        relative(path)
+        for path in places
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
     ]
     assert not strays
 
