@@ -117,6 +117,6 @@ def _report(report: Report) -> None:
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a buffered read holds a lock that the exit needs
         pass
     os._exit(0)
