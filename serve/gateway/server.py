@@ -74,20 +74,25 @@ class GatewayServer:
         """Refuse new work and wait for what runs; after `timeout_s` end it with an error."""
         self._drain.begin()
         if not await self._drain.idle(timeout_s):
-            self._drain.abort(Draining("the server shut down before the answer was complete; send the request again"))
-            await self._drain.idle(LAST_WORDS_S)
+            await self._cut_short()
 
     async def aclose(self) -> None:
-        """Close the socket and every connection."""
+        """Close the socket and every connection; what still runs ends with an error."""
+        self._drain.begin()
         if self._clock is not None:
             self._clock.cancel()
         if self._server is not None:
             self._server.close()
+        await self._cut_short()
         for connection in list(self._state.connections):
             connection.transport.close()
         for task in list(self._state.tasks):
             task.cancel()
         await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+    async def _cut_short(self) -> None:
+        self._drain.abort(Draining("the server shut down before the answer was complete; send the request again"))
+        await self._drain.idle(LAST_WORDS_S)
 
     def _protocol(self) -> LimitedProtocol:
         return LimitedProtocol(self._config, self._state, self._limits)

@@ -128,9 +128,7 @@ def test_client_that_leaves_cancels_across_the_channel(tmp_path):
             await site.replica(backend)
             _, client = await site.gateway()
             await ready(client)
-            async with client.stream(
-                "POST", "/v1/chat/completions", json={**CHAT, "stream": True, "max_tokens": 190}
-            ) as r:
+            async with client.stream("POST", "/v1/chat/completions", json=LONG) as answer:
                 await anext(answer.aiter_lines())
                 backend.gate = asyncio.Event()
 
@@ -149,9 +147,7 @@ def test_lost_replica_ends_its_stream_with_an_error_and_others_take_over(tmp_pat
             server = await site.replica(first)
             _, client = await site.gateway()
             await ready(client)
-            async with client.stream(
-                "POST", "/v1/chat/completions", json={**CHAT, "stream": True, "max_tokens": 190}
-            ) as r:
+            async with client.stream("POST", "/v1/chat/completions", json=LONG) as answer:
                 lines = answer.aiter_lines()
                 await anext(lines)
                 first.gate = asyncio.Event()

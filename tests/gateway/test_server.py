@@ -219,7 +219,7 @@ def test_connections_beyond_the_limit_are_told_so():
 
 def test_reader_that_does_not_read_is_cut_off_and_its_job_cancelled():
     async def scenario():
-        backend = FakeBackend(reply=ids("word ") * 100_000, card=FakeBackend().card, tokens_per_step=2000)
+        backend = FakeBackend(reply=ids("word ") * 16_000, card=FakeBackend().card, tokens_per_step=500)
         backend.card = type(backend.card)(**{**_fields(backend.card), "max_model_len": 10_000_000})
         async with served(backend, write_timeout_s=0.3) as site:
             sock = socket.create_connection(("127.0.0.1", site.port))
