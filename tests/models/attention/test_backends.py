@@ -163,3 +163,8 @@ def decode_with(lengths: dict[str, int], spec: KVCacheSpec) -> dict[str, torch.T
     q, k, v = (torch.cat(parts) for parts in zip(*queries, strict=True))
     out = attention.attend(q, k, v, cache, attention.plan(layout), scale=0.3)
     return dict(zip(lengths, out, strict=True))
+
+
+def test_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'nonesuch' does not exist; choose one of auto"):
+        make_attention("nonesuch", spec_of(2, 16, torch.float32), 4)
