@@ -98,6 +98,7 @@ class Connection(asyncio.Protocol):
         self._num_silent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._reason = ""
+        self._is_closing = False
         self.is_authenticated = False
         self.is_writable = True
         self.authenticated: asyncio.Future[None] = self._loop.create_future()
@@ -122,12 +123,21 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def close(self, reason: str = "closed") -> None:
-        """Send what is due, then end."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._reason = self._reason or reason
-            self._flush()
-            self._transport.close()
+        """Send what is due, then end, at the latest `CLOSE_S` later.
+
+        The other side reads to our end of file and closes; were this side closed at once, a write of theirs that
+        crosses ours would fail and take what they have not read yet with it.
+        """
+        if self._transport is None or self._is_closing:
+            return
+        self._reason = self._reason or reason
+        self._flush()
+        self._is_closing = True
+        if self.is_authenticated and not self._transport.is_closing():
+            self._transport.write_eof()
             self._loop.call_later(CLOSE_S, self._transport.abort)
+        else:
+            self._transport.abort()
 
     async def wait_closed(self) -> None:
         await asyncio.wait({self.closed})  # awaiting it itself would cancel it with the waiter
@@ -150,6 +160,8 @@ class Connection(asyncio.Protocol):
             transport.write(_MAGIC + self._nonce)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            return
         self._has_heard = True
         self._buffer += data
         if len(self._buffer) < self._needed:
@@ -267,7 +279,7 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._is_scheduled = False
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or self._is_closing or self._transport.is_closing():
             self._out.clear()
             return
         if self._peer is not None:

@@ -22,7 +22,7 @@ from serve import wire
 from serve.connection import Connection, connect
 from serve.errors import Unavailable
 from serve.listener import Listener
-from serve.metrics import METRICS, Recorder, Series, Snapshot, render
+from serve.metrics import METRICS, UNKNOWN_MODEL, Recorder, Series, Snapshot, render
 from serve.wire import ReplicaEntry
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Hub:
         entries = self.entries()
         for model in {entry.model for entry in entries}:
             self._recorder.admit(model)
-        for model in self._recorder.models:
+        for model in self._recorder.models - {UNKNOWN_MODEL}:
             self._recorder.set("tandem_replicas", sum(entry.model == model for entry in entries), model=model)
         for member in self._members:
             member.connection.send(wire.Entries(entries))

@@ -431,6 +431,30 @@ def test_a_server_that_closes_ends_its_streams_with_replica_lost(address):
     run(test)
 
 
+def test_what_was_sent_before_the_end_arrives_though_the_reader_is_late_and_writes(address):
+    """A write that crosses the other side's close must not throw away what lies unread in the socket."""
+
+    async def test() -> None:
+        backend = FakeBackend()
+        async with joined(backend, address) as (server, client):
+            stream = await client.submit(request())
+            transport = client._connection._transport
+            transport.pause_reading()
+            backend.streams[0].put(TokenDelta(0, (1,)))
+            backend.streams[0].end()
+            await backend.streams[0].closed.wait()
+            closing = asyncio.create_task(server.aclose())
+            await asyncio.sleep(0.05)
+            for _ in range(3):
+                client.credit(99, 1)
+                await asyncio.sleep(0.01)
+            transport.resume_reading()
+            assert await tokens(stream) == [1]
+            await closing
+
+    run(test)
+
+
 def test_a_client_that_closes_ends_its_streams_and_frees_them(address):
     async def test() -> None:
         backend = FakeBackend()
