@@ -24,6 +24,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -137,10 +138,10 @@ class LocalApplication:
         first = self._child("gateway-0", hub_address)
         self._gateways.append(first)
         url = (await self._first_report(first)).url
-        if self._options.gateway.num_gateways > 1:
-            port = int(url.rsplit(":", 1)[1])
-            for number in range(1, self._options.gateway.num_gateways):
-                self._gateways.append(self._child(f"gateway-{number}", hub_address, port=port))
+        port = int(url.rsplit(":", 1)[1])
+        first.spec = self._spec("gateway-0", hub_address, port=port)  # a restart takes the same port, also for port 0
+        for number in range(1, self._options.gateway.num_gateways):
+            self._gateways.append(self._child(f"gateway-{number}", hub_address, port=port))
         for child in [*self._replicas, *self._gateways]:
             await self._first_report(child)
         return url
@@ -171,11 +172,14 @@ class LocalApplication:
             child.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _child(
-        self, name: str, hub_address: str, *, model: ModelOptions | None = None, port: int | None = None
-    ) -> _Child:
+    def _child(self, name: str, hub_address: str, **part: Any) -> _Child:
+        child = _Child(self._spec(name, hub_address, **part))
+        self._tasks.append(asyncio.create_task(child.supervise(), name=name))
+        return child
+
+    def _spec(self, name: str, hub_address: str, *, model: ModelOptions | None = None, port: int | None = None) -> Spec:
         gateway = self._options.gateway
-        spec = Spec(
+        return Spec(
             process_id=name,
             secret=base64.b64encode(self._secret).decode(),
             hub_address=hub_address,
@@ -184,9 +188,6 @@ class LocalApplication:
             gateway=None if model else dataclasses.replace(gateway, port=gateway.port if port is None else port),
             drain_timeout_s=gateway.drain_timeout_s,
         )
-        child = _Child(spec)
-        self._tasks.append(asyncio.create_task(child.supervise(), name=name))
-        return child
 
     def _default_threads(self) -> int:
         """This machine's cores, shared between the replicas: more compute threads than cores wait for each other."""
