@@ -20,7 +20,7 @@ TRAPS = ("serve.py", "models/__init__.py", "request.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", "qwen3")
+    return tiny_folder(tmp_path_factory.mktemp("models"), "qwen3", num_hidden_layers=16, max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,10 @@ def test_refusals_are_http_errors(server):
 
 def test_leaving_clients_free_their_jobs(server):
     with httpx.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=body(stream=True, max_tokens=400), timeout=30
+        "POST", f"{server.url}/v1/chat/completions", json=body(stream=True, max_tokens=4000), timeout=30
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # closing it closes the response
+        next(lines)
     eventually(lambda: server.metric("tandem_requests_running") == 0)
     eventually(lambda: server.metric("tandem_kv_cache_usage_ratio") == 0)
 
@@ -124,7 +125,7 @@ def test_killed_replica_ends_its_streams_with_an_error_and_is_replaced(server):
     lines: list[list[str]] = [[] for _ in range(6)]
 
     def stream(own: list[str]) -> None:
-        fields = body(stream=True, max_tokens=450)
+        fields = body(stream=True, max_tokens=4000)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=fields, timeout=60) as response:
             own.extend(line for line in response.iter_lines() if line.startswith("data: "))
 

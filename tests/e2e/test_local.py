@@ -17,7 +17,8 @@ from tiny import tiny_folder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", "qwen3")
+    """Slow for its size, with room for long answers: whoever looks at a running request finds it running."""
+    return tiny_folder(tmp_path_factory.mktemp("models"), "qwen3", num_hidden_layers=16, max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,9 @@ def test_start_up_tells_address_and_model(server):
 
 
 def test_leaving_clients_free_their_jobs(server):
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body(max_tokens=400), timeout=30) as response:
-        next(response.iter_lines())
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body(max_tokens=4000), timeout=30) as response:
+        lines = response.iter_lines()  # closing it closes the response
+        next(lines)
         eventually(lambda: server.metric("tandem_requests_running") >= 1)
     eventually(lambda: server.metric("tandem_requests_running") == 0)
     eventually(lambda: server.metric("tandem_kv_cache_usage_ratio") == 0)
@@ -78,7 +80,7 @@ def sse(server: Serving, lines: list[str], **fields) -> None:
 def test_killed_replica_ends_streams_with_an_error_and_comes_back(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         lines: list[list[str]] = [[] for _ in range(4)]
-        threads = [threading.Thread(target=sse, args=(server, own), kwargs={"max_tokens": 450}) for own in lines]
+        threads = [threading.Thread(target=sse, args=(server, own), kwargs={"max_tokens": 4000}) for own in lines]
         [replica] = server.children("replica-0-0")
         replica.suspend()  # so that the streams are surely unfinished when it dies
         for thread in threads:
@@ -108,7 +110,7 @@ def test_killed_gateway_frees_its_jobs_and_comes_back(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         port = server.url.rsplit(":", 1)[1]
         lines: list[str] = []
-        thread = threading.Thread(target=sse, args=(server, lines), kwargs={"max_tokens": 450})
+        thread = threading.Thread(target=sse, args=(server, lines), kwargs={"max_tokens": 4000})
         thread.start()
         eventually(lambda: server.metric("tandem_requests_running") >= 1, every_s=0.01)
         [gateway] = server.children("gateway-0")
@@ -129,7 +131,7 @@ def test_killed_gateway_frees_its_jobs_and_comes_back(folder):
 def test_sigterm_lets_running_requests_end_and_exits_zero(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         lines: list[str] = []
-        thread = threading.Thread(target=sse, args=(server, lines), kwargs={"max_tokens": 400})
+        thread = threading.Thread(target=sse, args=(server, lines), kwargs={"max_tokens": 800})
         thread.start()
         eventually(lambda: server.metric("tandem_requests_running") >= 1, every_s=0.01)
         children = server.children()
@@ -142,7 +144,7 @@ def test_sigterm_lets_running_requests_end_and_exits_zero(folder):
 def test_a_second_signal_exits_now(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         [replica] = server.children("replica-0-0")
-        threading.Thread(target=sse, args=(server, []), kwargs={"max_tokens": 450}, daemon=True).start()
+        threading.Thread(target=sse, args=(server, []), kwargs={"max_tokens": 4000}, daemon=True).start()
         eventually(lambda: server.metric("tandem_http_requests_in_flight") >= 1, every_s=0.01)
         replica.suspend()  # the drain cannot end
         children = server.children()
