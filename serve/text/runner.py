@@ -39,7 +39,7 @@ class _PromptScores:
     row: int
     num_top: int
     slices: list[tuple[Scores, torch.Tensor]]
-    """With whether every logit row of the slice was finite."""
+    """With the largest logit of the whole slice, which tells whether all are numbers."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _Flight:
     rows: list[Row]
     sampling: list[Row]
     token_ids_R: torch.Tensor
-    finite_R: torch.Tensor
+    best_R: torch.Tensor
     scored: list[int]
     scores: Scores | None
     prompts: list[_PromptScores]
@@ -140,7 +140,7 @@ class TokenRunner:
         pending = self._pending(ids, rows)
 
         packed = to_device(ids + positions + last, self.device)
-        ids_T, positions_T, last_R = packed.split([num_tokens, num_tokens, len(last)])
+        ids_T, positions_T, last_R = packed[:num_tokens], packed[num_tokens : 2 * num_tokens], packed[2 * num_tokens :]
         if pending is not None:
             ids_T[pending[0]] = pending[1]
         layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
@@ -153,7 +153,7 @@ class TokenRunner:
             sampled = self._sampler.sample(self.model.logits(hidden_RD), sampling, pending_R)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-            sampled = Sampled(nothing, nothing.bool(), [], None)
+            sampled = Sampled(nothing, nothing, [], None)
         self._previous = (sampling, sampled.token_ids_R)
         return self._take_off(rows, sampling, sampled, prompts)
 
@@ -190,8 +190,7 @@ class TokenRunner:
         for start in range(0, len(known), size):
             stop = min(start + size, len(known))
             logits_RV = self.model.logits(hidden_TD[first + start : first + stop])
-            finite = logits_RV.amax(-1).isfinite().all()
-            scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), finite))
+            scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), logits_RV.amax()))
         return scores
 
     def _take_off(
@@ -199,12 +198,12 @@ class TokenRunner:
     ) -> _Flight:
         """Start the copies to the host."""
         for prompt in prompts:
-            prompt.slices = [(part.to_host(), to_host(finite)) for part, finite in prompt.slices]
+            prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
         flight = _Flight(
             rows,
             sampling,
             to_host(sampled.token_ids_R),
-            to_host(sampled.finite_R),
+            to_host(sampled.best_R),
             sampled.scored,
             None if sampled.scores is None else sampled.scores.to_host(),
             prompts,
@@ -226,7 +225,7 @@ class TokenRunner:
 
 def _output(flight: _Flight) -> TokenOutput:
     rows, sampling = flight.rows, flight.sampling
-    require_finite(flight.finite_R.tolist(), sampling)
+    require_finite(flight.best_R.tolist(), sampling)
     drawn = flight.token_ids_R.tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(sampling)
     if flight.scores is not None:
@@ -235,7 +234,7 @@ def _output(flight: _Flight) -> TokenOutput:
             logprobs[i] = entry
     prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
     for prompt in flight.prompts:
-        require_finite([bool(finite) for _, finite in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
+        require_finite([float(best) for _, best in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
         prompt_logprobs[prompt.row] = [
             entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
         ]

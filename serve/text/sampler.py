@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -37,8 +37,8 @@ class Sampled:
     """What the rows of one step drew, on the device."""
 
     token_ids_R: torch.Tensor
-    finite_R: torch.Tensor
-    """Whether the row's logits were sane: a maximum that is neither NaN nor infinite."""
+    best_R: torch.Tensor
+    """The largest raw logit of each row: NaN or infinite when the row is nothing to choose from."""
     scored: list[int]
     """Rows that asked for log-probabilities, in the order of `scores`."""
     scores: Scores | None
@@ -77,16 +77,17 @@ class Sampler:
         `pending_R`: each row's newest input token, needed where it is PENDING and penalties count it.
         """
         recipes = [self._recipe(row.job) for row in rows]
-        finite_R = logits_RV.amax(-1).isfinite()
         special = [
             i
             for i, (row, recipe) in enumerate(zip(rows, recipes))
             if not recipe.is_plain_at(row.sample_position - row.job.num_prompt)
         ]
-        if len(special) == len(rows):
-            token_ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        else:
+        if len(special) < len(rows):
             token_ids_R = _argmax(logits_RV)
+            best_R = logits_RV.gather(1, token_ids_R[:, None])[:, 0]
+        else:
+            token_ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+            best_R = logits_RV.amax(-1)
         for at in range(0, len(special), self._rows_at_once):
             block = special[at : at + self._rows_at_once]
             index = to_device(block, self._device)
@@ -100,10 +101,10 @@ class Sampler:
 
         scored = [i for i, recipe in enumerate(recipes) if recipe.params.logprobs is not None]
         if not scored:
-            return Sampled(token_ids_R, finite_R, scored, None)
+            return Sampled(token_ids_R, best_R, scored, None)
         num_top = max(recipes[i].params.logprobs or 0 for i in scored)
         index = to_device(scored, self._device)
-        return Sampled(token_ids_R, finite_R, scored, score(logits_RV[index], token_ids_R[index], num_top))
+        return Sampled(token_ids_R, best_R, scored, score(logits_RV[index], token_ids_R[index], num_top))
 
     def forget(self, job_id: str) -> None:
         self._recipes.pop(job_id, None)
@@ -220,8 +221,9 @@ class Sampler:
         return to_device(values, self._device, torch.float32)[:, None]
 
 
-def require_finite(finite: Seq[bool], rows: Seq[Row]) -> None:
+def require_finite(best_logits: Iterable[float], rows: Seq[Row]) -> None:
     """Raise `RequestFailed` when a row's logits are nothing to choose from; the engine then tries the jobs alone."""
+    finite = [math.isfinite(best) for best in best_logits]
     if not all(finite):
         bad = [row.job.id for row, ok in zip(rows, finite) if not ok]
         raise RequestFailed(
@@ -276,7 +278,7 @@ def _keep_nucleus_(scores_V: torch.Tensor, top_p: float) -> None:
         if np.exp(near).sum() >= top_p:
             break
     if not len(near):
-        return  # NaN: `Sampled.finite_R` says so
+        return  # NaN: `Sampled.best_R` says so
     near = np.sort(near)[::-1]
     probs = np.exp(near)
     kept = int(np.count_nonzero(np.cumsum(probs) - probs < top_p))

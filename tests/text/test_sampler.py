@@ -281,10 +281,11 @@ def test_a_row_that_is_not_finite_is_reported_and_named(sampler, bad, params):
     logits = random_logits(3)
     logits[1, 100] = bad
     rows = [row("good", **params), row("poisoned", **params), row("fine", **params)]
-    finite = sampler.sample(logits, rows).finite_R.tolist()
-    assert finite == [True, False, True]
+    best = sampler.sample(logits, rows).best_R.tolist()
+    assert [math.isfinite(value) for value in best] == [True, False, True]
     with pytest.raises(RequestFailed, match="poisoned"):
-        require_finite(finite, rows)
+        require_finite(best, rows)
+    require_finite(best[:1], rows[:1])
 
 
 def test_masked_vocabulary_is_no_fault_and_never_drawn(sampler):
@@ -292,7 +293,7 @@ def test_masked_vocabulary_is_no_fault_and_never_drawn(sampler):
     logits[100:] = -math.inf
     rows = [row(f"{i}", seed=i) for i in range(500)]
     sampled = sampler.sample(logits.expand(500, -1), rows)
-    assert sampled.finite_R.all() and int(sampled.token_ids_R.max()) < 100
+    assert sampled.best_R.isfinite().all() and int(sampled.token_ids_R.max()) < 100
 
 
 def test_a_tiny_temperature_is_almost_greedy(sampler):
