@@ -10,6 +10,7 @@ Labels are bounded: a finite label takes only the values the table lists, `model
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from bisect import bisect_left
@@ -28,6 +29,8 @@ from serve.engine.job import Job
 from serve.errors import CODES
 from serve.events import FinishReason
 from serve.request import ModelCard
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["counter", "gauge", "histogram"]
 Role = Literal["gateway", "replica", "hub"]
@@ -248,7 +251,10 @@ class Recorder:
 
     def snapshot(self) -> Snapshot:
         for cell, read in self._followed:
-            cell.set(float(read()))
+            try:
+                cell.set(float(read()))
+            except Exception:  # one reading must not cost all others; the value stays as it was
+                log.exception("metric not read")
         with self._lock:
             series = [Series(name, labels, tuple(cell.values)) for (name, labels), cell in self._cells.items()]
         return Snapshot(self.process, tuple(series))

@@ -125,6 +125,15 @@ def test_series_of_another_version_are_left_out():
     assert values(render([Snapshot("p", strange)])) == {}
 
 
+def test_a_reading_that_fails_leaves_the_others_alone(caplog):
+    recorder = Recorder("r", "replica")
+    recorder.admit("m")
+    recorder.follow("tandem_kv_cache_blocks", lambda: 1 / 0, model="m")
+    recorder.follow("tandem_requests_running", lambda: 2, model="m")
+    assert values(render([recorder.snapshot()]))["tandem_requests_running{model=m}"] == 2
+    assert "metric not read" in caplog.text
+
+
 def test_the_observer_counts_steps_and_ends():
     recorder = Recorder("r", "replica")
     observer = EngineObserver(recorder, "m")
