@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from tiny import EOS, tiny_tokenizer
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from serve.backend import EventStream, Load
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, TokenLogprobs, Usage
@@ -27,26 +28,43 @@ from serve.options import GatewayOptions
 from serve.request import ModelCard, TextRequest
 from serve.wire import ReplicaEntry
 
+EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MERGES = ["t h", "th e", "i n", "a n", "an d", "Ġ the", "Ġ and", "e r", "o u", "Ġ a"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tokenizer() -> tokenizers.Tokenizer:
+    """Byte-level BPE with ten merges and three special tokens (like `tiny.tiny_tokenizer`, without transformers)."""
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [(left, right) for left, right in map(str.split, MERGES)]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([EOS, START, END])
+    return made
+
 
 @cache
 def bundle() -> dict[str, bytes]:
-    """The files of the tiny byte-level tokenizer, without a folder."""
-    tokenizer = tiny_tokenizer()
-    config = {"eos_token": tokenizer.eos_token, "pad_token": EOS, "chat_template": tokenizer.chat_template}
-    return {
-        "tokenizer.json": tokenizer.backend_tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps(config).encode(),
-    }
+    """The files of that tokenizer, without a folder."""
+    config = {"eos_token": END, "pad_token": EOS, "chat_template": CHAT_TEMPLATE}
+    return {"tokenizer.json": tokenizer().to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
 
 def ids(text: str) -> list[int]:
-    return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer().encode(text, add_special_tokens=False).ids)
 
 
 def card(name: str = "tiny", **fields: Any) -> ModelCard:
     values: dict[str, Any] = {
         "kind": "text", "source": "memory", "device": "cpu", "dtype": "float32", "num_parameters": 1000,
-        "max_model_len": 256, "kv_cache_tokens": 4096, "vocab_size": len(tiny_tokenizer()), "threads": 1,
+        "max_model_len": 256, "kv_cache_tokens": 4096, "vocab_size": tokenizer().get_vocab_size(), "threads": 1,
         "load_s": 0.1, "created": 1_700_000_000, "aliases": ("small",),
     }  # fmt: skip
     return ModelCard(name=name, **{**values, **fields})

@@ -6,6 +6,7 @@ import json
 from html import escape
 from typing import Any
 
+from serve.gateway.errors import STATUS
 from serve.gateway.fields import FIELDS, Field, Use
 
 _STYLE = """
@@ -31,6 +32,7 @@ def docs_page(openapi: dict[str, Any]) -> str:
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
             body.append(_operation(path, method, operation, openapi))
+    body.append(_errors())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Tandem API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -48,6 +50,15 @@ def _operation(path: str, method: str, operation: dict[str, Any], openapi: dict[
         schema = openapi["components"]["schemas"][name]
         parts.append(f"<pre>{escape(json.dumps(schema['properties'], indent=2))}</pre>")
     return "".join(parts)
+
+
+def _errors() -> str:
+    rows = [
+        f"<tr><td>{answer.status}</td><td><code>{escape(error.code)}</code></td>"
+        f"<td>{escape((error.__doc__ or '').splitlines()[0])}</td></tr>"
+        for error, answer in STATUS.items()
+    ]
+    return f"<h2>Errors</h2><table><tr><th>Status</th><th>code</th><th>When</th></tr>{''.join(rows)}</table>"
 
 
 def _fields(fields: dict[str, Field]) -> str:

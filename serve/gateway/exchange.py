@@ -29,7 +29,7 @@ from serve.gateway.telemetry import Telemetry
 from serve.gateway.usage import usage
 from serve.gateway.wire import DONE, HEARTBEAT, Envelope, Format, encode_json, event
 
-log = logging.getLogger("tandem.gateway")
+log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """The engine enforces deadlines; when it does not answer at all, the gateway does this much later."""

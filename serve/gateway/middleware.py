@@ -8,6 +8,7 @@ Body      one JSON body, its type, its size and its time
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import uuid
 from collections.abc import Iterable
@@ -20,8 +21,10 @@ from serve.gateway.auth import Hosts, Keys
 from serve.gateway.context import RequestContext
 from serve.gateway.drain import Drain
 from serve.gateway.errors import BodyTooLarge, ClientGone, ClientTooSlow, UnsupportedMediaType, answer
-from serve.gateway.telemetry import Telemetry, log, log_request
+from serve.gateway.telemetry import Telemetry, log_request
 from serve.options import GatewayOptions
+
+log = logging.getLogger(__name__)
 
 ENDPOINTS = {
     "/v1/chat/completions": "chat",

@@ -31,7 +31,7 @@ from serve.request import ModelCard, TextRequest
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry
 
-log = logging.getLogger("tandem.gateway")
+log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.1
 MAX_RETRY_S = 5.0

@@ -29,7 +29,7 @@ from serve.errors import InvalidRequest, TandemError, Unavailable
 from serve.gateway.errors import ClientTooSlow, HeadersTooLarge, answer
 from serve.options import GatewayOptions
 
-_quiet = logging.getLogger("tandem.gateway.http")
+_quiet = logging.getLogger(f"{__name__}.uvicorn")
 """Instead of uvicorn's, which warns once for every broken request anybody sends."""
 _quiet.setLevel(logging.ERROR)
 

@@ -22,7 +22,7 @@ from serve.gateway.errors import (
 from serve.gateway.generation import Tokens
 from serve.metrics import UNKNOWN_MODEL, Recorder
 
-log = logging.getLogger("tandem.gateway")
+log = logging.getLogger(__name__)
 
 _REASONS: dict[type[TandemError], str] = {
     Unauthorized: "unauthorized",

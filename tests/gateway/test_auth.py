@@ -147,10 +147,8 @@ def test_models_are_listed_and_retrieved_also_by_names_with_slashes():
 
 
 def test_log_lines_hold_ids_and_numbers_but_no_text(caplog):
-    logger = logging.getLogger("tandem.gateway")
-    logger.setLevel(logging.INFO)
     headers = {"authorization": "Bearer very-secret", "x-request-id": "job-1"}
-    with caplog.at_level(logging.INFO, logger="tandem.gateway"):
+    with caplog.at_level(logging.INFO, logger="serve.gateway"):
         gateway_calls(("POST", "/v1/chat/completions", CHAT, headers), ("GET", "/secret-path\nx", None, {}))
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("request ")]
     assert "id=job-1" in line and "status=200" in line and "model=tiny" in line and "output_tokens=2" in line
