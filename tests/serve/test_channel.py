@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import stat
@@ -231,6 +232,45 @@ def test_cancelling_a_submission_leaves_nothing_behind(address):
             await until(lambda: backend.was_cancelled)
             (session,) = server.sessions.values()
             await until(lambda: not session.streams)
+
+    run(test)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_read_closed_and_abandoned_at_random_leave_nothing_behind(address, seed):
+    async def test() -> None:
+        random_ = random.Random(seed)
+        backend = FakeBackend(period_s=0, max_streams=40)
+
+        async def client_of(client: ChannelClient) -> None:
+            num_tokens = random_.choice((1, 5, 300))
+            try:
+                stream = await client.submit(request(max_tokens=num_tokens))
+            except Overloaded:
+                return
+            stop_after = random_.choice((None, 0, 1, 3))
+            got: list[int] = []
+            async with contextlib.aclosing(stream):
+                for _ in range(1 << 30 if stop_after is None else stop_after):
+                    try:
+                        events = await anext(stream)
+                    except StopAsyncIteration:
+                        break
+                    got += [token for event in events if isinstance(event, TokenDelta) for token in event.token_ids]
+                    for _ in range(random_.choice((0, 0, 20))):
+                        await asyncio.sleep(0)
+            assert got == list(range(num_tokens))[: len(got)] and (stop_after is not None or len(got) == num_tokens)
+
+        async with joined(backend, address) as (server, client):
+            asking = [asyncio.create_task(client_of(client)) for _ in range(60)]
+            for submission in random_.sample(asking, 10):
+                await asyncio.sleep(0)
+                submission.cancel()
+            results = await asyncio.gather(*asking, return_exceptions=True)
+            assert not [result for result in results if result and not isinstance(result, asyncio.CancelledError)]
+            (session,) = server.sessions.values()
+            await until(lambda: backend.num_open == 0 and not session.streams)
+            assert (client._streams, client._calls) == ({}, {}) and len(backend.requests) > 20
 
     run(test)
 
