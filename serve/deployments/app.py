@@ -1,0 +1,82 @@
+"""The Ray Serve application: one deployment per model, one for the hub, one for the gateways.
+
+    tandem serve --config FILE                         build_application(options)
+    serve run serve.deployments.app:build key=value    build(args)
+    serve deploy FILE  (import_path, args)             build(args)
+
+All three give the same application; `args` are the keys of `serve/config.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.serve import Application
+
+from serve.config import parse_config
+from serve.deployments.gateway import GatewayDeployment
+from serve.deployments.hub import HubDeployment
+from serve.deployments.replica import ReplicaDeployment
+from serve.deployments.router import ChosenReplicaRouter
+from serve.options import ModelOptions, ServeOptions
+
+HEALTH_PERIOD_S = 2.0
+"""How often Serve asks a replica for its health; Serve's default of 10 s leaves a dead engine in rotation for long."""
+HEALTH_TIMEOUT_S = 10.0
+SHUTDOWN_MARGIN_S = 10.0
+"""Beyond the gateway's drain time, so that Serve never cuts off what the gateway still lets run."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application from plain data, as `serve run` and `serve deploy` call it. Raises ConfigError."""
+    return build_application(parse_config(args, origin="args"))
+
+
+def build_application(options: ServeOptions, *, host: str | None = None) -> Application:
+    """The application of these options. A fresh secret joins its processes and no others.
+
+    `host` is where hub and replicas listen for them; None is each node's own address.
+    """
+    secret = secrets.token_bytes(32)
+    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host)
+    models = {model.name: _model(model, options).bind(model, secret, hub, host) for model in options.models}
+    gateway = _deployment(
+        GatewayDeployment,
+        name="gateway",
+        num_replicas=options.gateway.num_gateways,
+        ray_actor_options={"num_cpus": 0.25},
+        max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=options.gateway.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+    )
+    return gateway.bind(options.gateway, secret, hub, models)
+
+
+def _model(model: ModelOptions, options: ServeOptions) -> ray_serve.Deployment:
+    on_gpu = model.device == "cuda"
+    return _deployment(
+        ReplicaDeployment,
+        name=deployment_name(model),
+        num_replicas=model.num_replicas,
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": 1 if on_gpu else 0},
+        # The engine batches what runs and bounds what waits; Serve must not hold requests back before it.
+        max_ongoing_requests=model.max_num_seqs + model.max_num_waiting,
+        graceful_shutdown_timeout_s=options.gateway.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        request_router_config={"request_router_class": ChosenReplicaRouter},
+    )
+
+
+def _deployment(part: type, **options: Any) -> ray_serve.Deployment:
+    deployment: ray_serve.Deployment = ray_serve.deployment(**options)(part)
+    return deployment
+
+
+def deployment_name(model: ModelOptions) -> str:
+    """A model's name in the characters Ray Serve allows."""
+    return "model-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", model.name).strip("-")

@@ -1,0 +1,149 @@
+"""`tandem serve` on Ray: start a local Ray or join a cluster, run the application, and leave nothing behind.
+
+An embedded Ray belongs to this command alone: it joins no cluster it was not told to and ends with it. Our own sockets
+are on loopback then; Ray's cannot be kept there. On a cluster that was joined only our application is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve.errors import ConfigError, TandemError
+from serve.options import ServeOptions
+from serve.request import ModelCard
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "tandem"
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts on the SIGTERM that asks us to drain
+}
+"""Set before Ray is imported; what the user has set stays."""
+
+
+class RayApplication:
+    """An `Application` on Ray Serve."""
+
+    def __init__(self, options: ServeOptions, *, ray_address: str | None = None) -> None:
+        self._options = options
+        self._ray_address = ray_address
+        self._cards: list[ModelCard] = []
+
+    async def start(self) -> str:
+        return await asyncio.to_thread(self._start)
+
+    def cards(self) -> list[ModelCard]:
+        return self._cards
+
+    async def failed(self) -> str:
+        """Poll Serve's view: deployments are restarted by Serve; only a lost cluster ends the application."""
+        from ray import serve as ray_serve
+
+        while True:
+            await asyncio.sleep(5.0)
+            try:
+                status = await asyncio.to_thread(ray_serve.status)
+            except Exception as error:
+                return f"the Ray cluster does not answer: {type(error).__name__}"
+            if APPLICATION not in status.applications:
+                return f"application {APPLICATION!r} was deleted from the Ray cluster"
+
+    async def drain(self, timeout_s: float) -> None:
+        await asyncio.to_thread(self._drain, timeout_s)
+
+    def kill(self) -> None:
+        """Ray's processes watch this one and end with it; an application on a joined cluster is deleted first."""
+        import ray
+        from ray import serve as ray_serve
+
+        if ray.is_initialized():
+            if self._ray_address is not None:
+                with contextlib.suppress(Exception):
+                    ray_serve.delete(APPLICATION, _blocking=False)
+            ray.shutdown()
+
+    def _start(self) -> str:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if self._ray_address is None and "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+        from ray import serve as ray_serve
+
+        from serve.deployments.app import build_application
+
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it misses the main thread; we handle signals
+        with _in_directory(_ROOT):  # Ray puts the driver's working directory first on its workers' path
+            if self._ray_address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=max(2, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    namespace=APPLICATION,
+                    logging_level=logging.WARNING,
+                )
+            else:
+                try:
+                    ray.init(address=self._ray_address, namespace=APPLICATION, logging_level=logging.WARNING)
+                except (ConnectionError, ValueError) as error:
+                    raise ConfigError(f"--ray-address {self._ray_address!r} cannot be joined: {error}") from None
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        if self._ray_address is None:
+            ray_serve.start(proxy_location="Disabled", logging_config=quiet)
+        elif APPLICATION in ray_serve.status().applications:
+            raise ConfigError(
+                f"the Ray cluster at {self._ray_address!r} already runs an application named {APPLICATION!r}; delete "
+                f"it with `serve delete {APPLICATION}` or use another cluster"
+            )
+        try:
+            handle = ray_serve.run(
+                build_application(self._options, host="127.0.0.1" if self._ray_address is None else None),
+                name=APPLICATION,
+                route_prefix="/tandem",
+                logging_config=quiet,
+            )
+        except RuntimeError as error:
+            raise TandemError(f"start-up failed: {_deploy_error(ray_serve, error)}") from None
+        self._cards = handle.cards.remote().result()
+        return str(handle.url.remote().result())
+
+    def _drain(self, timeout_s: float) -> None:
+        import ray
+        from ray import serve as ray_serve
+
+        handle = ray_serve.get_app_handle(APPLICATION)
+        with contextlib.suppress(Exception):  # a gateway that died has nothing left to drain
+            handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 5.0)
+        ray_serve.delete(APPLICATION)
+        ray.shutdown()
+
+
+def _deploy_error(ray_serve: object, error: RuntimeError) -> str:
+    """What the failing deployment said, instead of Serve's summary."""
+    with contextlib.suppress(Exception):
+        status = ray_serve.status().applications[APPLICATION]  # type: ignore[attr-defined]
+        messages = [deployment.message for deployment in status.deployments.values() if deployment.message]
+        if messages:
+            return "; ".join(messages)
+    return str(error)
+
+
+@contextlib.contextmanager
+def _in_directory(path: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
