@@ -12,8 +12,8 @@ import asyncio
 import contextlib
 import dataclasses
 import inspect
+import os
 import signal
-import sys
 import time
 import types
 import typing
@@ -53,8 +53,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 async def _run(options: ServeOptions, arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    application = _application(options, arguments)
-    stop = _stop_on_signals(application)
+    application, stop = _application(options, arguments), asyncio.Event()
+    _handle_signals(application, stop)
     starting = asyncio.create_task(application.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -69,6 +69,7 @@ async def _run(options: ServeOptions, arguments: argparse.Namespace) -> None:
     except BaseException:
         application.kill()
         raise
+    _handle_signals(application, stop)  # again, for Ray has put handlers of its own in front
     _announce(url, application.cards(), time.monotonic() - began)
     failing = asyncio.create_task(application.failed())
     await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,20 +92,17 @@ def _application(options: ServeOptions, arguments: argparse.Namespace) -> Applic
     return RayApplication(options, ray_address=arguments.ray_address)
 
 
-def _stop_on_signals(application: Application) -> asyncio.Event:
+def _handle_signals(application: Application, stop: asyncio.Event) -> None:
     """The first SIGTERM or Ctrl-C sets the event; the second ends everything at once."""
-    stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
         if stop.is_set():
             application.kill()
-            sys.stderr.flush()
-            raise SystemExit(128 + number)
+            os._exit(128 + number)
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return stop
 
 
 def _announce(url: str, cards: list[ModelCard], seconds: float) -> None:

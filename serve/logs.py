@@ -34,3 +34,5 @@ def configure_logging() -> None:
     level = os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper()
     for package in ("serve", "models"):
         logging.getLogger(package).setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
+    # Which files run: a stray module on the path is the kind of mistake that no other symptom explains.
+    logging.getLogger(__name__).info("process started pid=%s package=%s", os.getpid(), os.path.dirname(__file__))

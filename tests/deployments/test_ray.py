@@ -100,13 +100,11 @@ def test_leaving_clients_free_their_jobs(server):
 
 
 def test_workers_import_the_files_of_the_driver(server):
-    """Every Ray worker of the application maps our modules from the package under test, not from its directory."""
+    """Hub, gateway and replicas run the package under test, not what lies in the directory it was started from."""
     import serve
 
-    package = str(Path(next(iter(serve.__path__))).resolve().parent)
-    text = "\n".join(server.lines)
-    assert "imported from the working directory" not in text
-    assert re.search(rf"package={re.escape(package)}", text)
+    started = [found[1] for line in server.lines if (found := re.search(r"process started .*package=(\S+)", line))]
+    assert len(started) >= 5 and set(started) == {str(Path(next(iter(serve.__path__))).resolve())}
 
 
 def test_only_the_gateway_of_ours_listens_beside_ray(server):
@@ -118,6 +116,7 @@ def test_only_the_gateway_of_ours_listens_beside_ray(server):
         if connection.status == psutil.CONN_LISTEN
     }
     assert ("127.0.0.1", port) in listening
+    assert not any("address=tcp:" in line and "address=tcp:127.0.0.1:" not in line for line in server.lines)
 
 
 def test_killed_replica_ends_its_streams_with_an_error_and_is_replaced(server):
