@@ -85,20 +85,27 @@ def is_worth_packing(weight_ED: torch.Tensor) -> bool:
 class RMSNorm:
     """x / rms(x) over the last dimension, in float32, rounded to x's dtype before the weight, as Llama does.
 
-    Five operations where torch's own takes eight on CPU: 10 against 13 us for a row, 330 against 1250 for 512 x 1024.
+    On CPU in five operations where torch's own takes eight: 10 against 13 us for a row, 330 against 1250 for 512 rows
+    of 1024. On CUDA torch's is one kernel, which also multiplies the weight before it rounds.
     """
 
-    __slots__ = ("_eps", "_share", "weight")
+    __slots__ = ("_eps", "_eps_tensor", "_is_fused", "_share", "weight")
 
     def __init__(self, shape: tuple[int, ...], eps: float, *, dtype: torch.dtype, device: torch.device):
         self.weight = torch.empty(shape, dtype=dtype, device=device)
-        self._eps = torch.tensor(eps, device=device)
+        self._eps = eps
+        self._eps_tensor = torch.tensor(eps, device=device)
         self._share = 1 / shape[-1]
+        self._is_fused = device.type == "cuda"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._is_fused:
+            if self.weight.dim() == 1:
+                return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+            return F.rms_norm(x, self.weight.shape[-1:], None, self._eps) * self.weight
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        scaled = x32 * torch.addcmul(self._eps, norm, norm, value=self._share).rsqrt_()
+        scaled = x32 * torch.addcmul(self._eps_tensor, norm, norm, value=self._share).rsqrt_()
         return scaled.to(x.dtype) * self.weight
 
 
