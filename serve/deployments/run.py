@@ -25,6 +25,7 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts on the SIGTERM that asks us to drain
 }
 """Set before Ray is imported; what the user has set stays."""

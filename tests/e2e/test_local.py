@@ -72,7 +72,8 @@ def sse(server: Serving, lines: list[str], **fields) -> None:
     """Collect the data lines of one streamed request, to its end however it comes."""
     try:
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body(**fields), timeout=60) as response:
-            lines.extend(line for line in response.iter_lines() if line.startswith("data: "))
+            prefix = "" if response.status_code == 200 else "data: "  # refused, or lost before the first token
+            lines.extend(prefix + line for line in response.iter_lines() if (prefix + line).startswith("data: "))
     except httpx.HTTPError as error:
         lines.append(f"broken {type(error).__name__}")
 
