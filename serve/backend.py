@@ -1,8 +1,8 @@
 """The seam between those who ask and those who compute: one method to submit, one stream to read.
 
 `TextBackend` (in the replica's process) and `ChannelClient` (in the gateway's) both satisfy `Backend`, so everything
-above is written once and tested in one process. The pattern is httpx's transport: one small interface, a local and a remote
-implementation.
+above is written once and tested in one process. The pattern is httpx's transport: one small interface, a local and a
+remote implementation.
 """
 
 from __future__ import annotations

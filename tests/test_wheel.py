@@ -1,4 +1,4 @@
-"""The wheel holds all that serving needs: built, installed into an environment of its own, serving in another folder."""
+"""The wheel holds all that serving needs: built, installed on its own, serving in another folder."""
 
 from __future__ import annotations
 
