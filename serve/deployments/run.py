@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from serve.request import ModelCard
 log = logging.getLogger(__name__)
 
 APPLICATION = "tandem"
+MEETING_S = 30.0
+"""For a gateway to connect to replicas that are up already."""
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -116,7 +119,12 @@ class RayApplication:
             )
         except RuntimeError as error:
             raise TandemError(f"start-up failed: {_deploy_error(ray_serve, error)}") from None
-        self._cards = handle.cards.remote().result()
+        # Serve calls deployments ready on their own; what counts is that the gateway has met every model.
+        until = time.monotonic() + MEETING_S
+        while len(self._cards) < len(self._options.models):
+            if time.monotonic() > until:
+                raise TandemError(f"start-up failed: the gateway met only {len(self._cards)} models in {MEETING_S:g} s")
+            self._cards = handle.cards.remote().result()
         return str(handle.url.remote().result())
 
     def _drain(self, timeout_s: float) -> None:
