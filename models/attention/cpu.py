@@ -27,8 +27,8 @@ from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.dense import attend_dense
 
 _GROUP_BYTES = 1 << 20
-"""Keys and values gathered at once for decodes, per thread: stays in the second-level cache between the copy and its use. Of 128 KB
-to 8 MB, 1 MB was best or within 5 % for four geometries; 8 MB cost up to half more."""
+"""Keys and values gathered at once for decodes, per thread: stays in the second-level cache between the copy and its
+use. Of 128 KB to 8 MB, 1 MB was best or within 5 % for four geometries; 8 MB cost up to half more."""
 _TILE = 256
 """Queries of a prefill tile. Bounds the masked half of the square that is computed in vain."""
 _ALIGN = 16
