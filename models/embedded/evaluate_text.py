@@ -6,7 +6,9 @@ speculative decoding would accept.
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,10 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="cases per task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
     models = {name: Answerer(folder) for name, folder in EMBEDDED.items()}
+    figures: dict[str, Any] = {"cases": arguments.cases, "accuracy": {}}
     for name, model in models.items():
         size = sum(file.stat().st_size for file in EMBEDDED[name].iterdir())
         print(f"{name}: num_parameters={model.num_parameters} size_bytes={size}")
@@ -86,10 +90,14 @@ def main() -> None:
         for task in tqdm(CASE_TASKS, desc=name):
             shares[task] = accuracy(model, held_out_cases(task, arguments.cases, arguments.seed))
             tqdm.write(f"{name}: {task} {shares[task]:.3f}")
+        figures["accuracy"][name] = shares
         print(f"{name}: arithmetic {sum(shares[task] for task in ARITHMETIC) / len(ARITHMETIC):.3f}")
     shared = [case for task in CASE_TASKS for case in held_out_cases(task, arguments.cases // 4, arguments.seed)]
     draft, large = models["tandem-text-draft"], models["tandem-text"]
-    print(f"agreement of the draft: {agreement(draft, large, shared):.3f} of greedy tokens, {len(shared)} prompts")
+    figures["agreement"] = agreement(draft, large, shared)
+    print(f"agreement of the draft: {figures['agreement']:.3f} of greedy tokens, {len(shared)} prompts")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
