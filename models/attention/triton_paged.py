@@ -52,6 +52,9 @@ class _Plan:
 class TritonAttention:
     """Paged attention by the two kernels below."""
 
+    is_capturable = True
+    """Plans of decodes differ in the content of their tensors and the width of block tables only: fit for graphs."""
+
     def __init__(self, spec: KVCacheSpec, num_heads: int):
         self._spec = spec
         self._num_heads = num_heads

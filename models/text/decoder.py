@@ -22,6 +22,9 @@ from models.text.rope import RopeTable, rotate
 class Decoder:
     """A `CausalLM` with its weights. Uninitialised until `weights.py` has filled `parameters()`."""
 
+    is_capturable = True
+    """`forward` touches the device only, with the same operations for the same shapes: fit for CUDA graphs."""
+
     def __init__(
         self, architecture: DenseArchitecture, *, dtype: torch.dtype, device: torch.device, num_positions: int
     ):

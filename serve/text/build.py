@@ -93,7 +93,18 @@ def build_engine(
                 num_replicas_here=num_replicas_here,
             )
         size = choose_cache_size(options, cache, max_positions=spec.max_positions, memory_bytes=memory_bytes)
-        runner = TokenRunner(model, make_attention("auto", cache, spec.num_heads), cache, num_blocks=size.num_blocks)
+        attention = make_attention("auto", cache, spec.num_heads)
+        can_capture = device.type == "cuda" and all(
+            getattr(part, "is_capturable", False) for part in (model, attention)
+        )
+        runner = TokenRunner(
+            model,
+            attention,
+            cache,
+            num_blocks=size.num_blocks,
+            max_model_len=size.max_model_len,
+            max_rows_in_graph=options.max_num_seqs if has_graphs else 0,
+        )
         runner.warm_up()
     except torch.OutOfMemoryError as error:
         raise ConfigError(

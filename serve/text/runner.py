@@ -21,6 +21,7 @@ from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
+from serve.text.cuda_graph import DecodeGraphs
 from serve.text.logprobs import Scores, score
 from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
@@ -66,8 +67,13 @@ class TokenRunner:
         cache: KVCacheSpec,
         *,
         num_blocks: int,
+        max_model_len: int = 0,
+        max_rows_in_graph: int = 0,
     ):
-        """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives."""
+        """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
+
+        Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`.
+        """
         self.model = model
         self.device = cache.device
         self._attention = attention
@@ -79,6 +85,18 @@ class TokenRunner:
         self._previous: tuple[list[Row], torch.Tensor] | None = None
         """Sampling rows of the last submitted step and their token ids on the device."""
         self._canary_logits: torch.Tensor | None = None
+        self._graphs: DecodeGraphs | None = None
+        if max_rows_in_graph:
+            self._graphs = DecodeGraphs(
+                model,
+                attention,
+                self._kv_cache,
+                own_block=self._own_block,
+                max_blocks=-(-max_model_len // cache.block_size),
+                block_size=cache.block_size,
+                max_rows=max_rows_in_graph,
+                device=cache.device,
+            )
 
     # -- the contract ----------------------------------------------------------------------------------------------
 
@@ -105,6 +123,9 @@ class TokenRunner:
         self._canary_logits = self._canary()
         if not self._canary_logits.isfinite().all():
             raise DeviceFault("the model's very first logits are not finite; its weights or its dtype are unfit")
+        if self._graphs is not None:
+            with torch.inference_mode():
+                self._graphs.warm_up()
 
     def check(self) -> None:
         """Compute the canary again. Rounding may differ with the load of the device, nothing else may."""
@@ -144,7 +165,10 @@ class TokenRunner:
         if pending is not None:
             ids_T[pending[0]] = pending[1]
         layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
-        hidden_TD = self._forward(ids_T, positions_T, layout)
+        if self._graphs is not None and num_tokens == len(rows) and self._graphs.covers(num_tokens):
+            hidden_TD = self._graphs.forward(ids_T, positions_T, layout)
+        else:
+            hidden_TD = self._forward(ids_T, positions_T, layout)
 
         prompts = [self._score_prompt(i, rows, num_new, hidden_TD) for i, row in enumerate(rows) if row.scores_prompt]
         if sampling:

@@ -35,6 +35,10 @@ def test_float32_tokens_are_those_of_the_cpu(folder, expected, setting):
     assert gpu_correctness.generate(folder, "cuda", gpu_correctness.PROMPTS, **values) == expected
 
 
+def test_graphs_change_no_token(folder, expected):
+    assert gpu_correctness.generate(folder, "cuda", gpu_correctness.PROMPTS, enforce_eager=True) == expected
+
+
 def test_noise_has_the_same_bits_as_on_cpu():
     assert gpu_correctness.noise_bits_agree()
 
