@@ -94,9 +94,8 @@ def build_engine(
             )
         size = choose_cache_size(options, cache, max_positions=spec.max_positions, memory_bytes=memory_bytes)
         attention = make_attention("auto", cache, spec.num_heads)
-        can_capture = device.type == "cuda" and all(
-            getattr(part, "is_capturable", False) for part in (model, attention)
-        )
+        can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
+        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager
         runner = TokenRunner(
             model,
             attention,
