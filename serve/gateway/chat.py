@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve.errors import InvalidRequest
 from serve.gateway.choices import Piece
 from serve.gateway.generation import Generation
 from serve.gateway.planning import Asked
@@ -17,6 +18,8 @@ from serve.text.tokenizer import Tokenizer
 
 
 def asked(body: Any) -> Asked:
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     return Asked(
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

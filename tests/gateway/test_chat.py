@@ -154,6 +154,12 @@ def test_logprobs_have_token_bytes_and_alternatives():
     assert [top["logprob"] for top in entry["top_logprobs"]][1:] == [-2.0, -9999.0]
 
 
+def test_alternatives_without_logprobs_are_refused():
+    reply = ask(top_logprobs=2)
+    assert reply.status == 400 and reply.json()["error"]["param"] == "top_logprobs"
+    assert ask(top_logprobs=0, logprobs=False).status == 200
+
+
 def test_streamed_logprobs_are_the_whole_ones():
     whole = ask(max_tokens=6, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
     chunks = ask(max_tokens=6, logprobs=True, top_logprobs=1, stream=True).chunks()
