@@ -52,7 +52,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one choice. `cached_tokens` of the prompt were found in the prefix cache."""
+    """Tokens of one choice, the end token included. `cached_tokens` of the prompt were found in the prefix cache."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -67,7 +67,10 @@ class Finished:
     reason: FinishReason
     usage: Usage
     stop_token_id: int | None = None
-    """The stop or end token that ended it, when one of the request's `stop_token_ids` or the model's own did."""
+    """The stop or end token that ended it, when one of the request's `stop_token_ids` or the model's own did. It is no
+    text, so it comes here and not in a delta."""
+    stop_logprobs: TokenLogprobs | None = None
+    """Of that token, when asked for: clients that score answers count on one entry a sampled token."""
 
 
 Event = TokenDelta | PromptScored | Finished

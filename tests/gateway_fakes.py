@@ -87,6 +87,8 @@ class FakeBackend:
     """Raise this after so many events."""
     tokens_per_step: int = 1
     num_cached: int = 0
+    end_id: int | None = None
+    """The token that ends a reply shorter than `max_tokens`; told as engines tell it."""
     gate: asyncio.Event | None = None
     """Steps wait for it."""
     requests: list[TextRequest] = field(default_factory=list)
@@ -155,7 +157,11 @@ class FakeStream:
         sampling, size = request.sampling, self._backend.tokens_per_step
         kept = reply[: sampling.max_tokens]
         reason = FinishReason.LENGTH if len(reply) >= sampling.max_tokens else FinishReason.STOP
-        usage = Usage(len(request.prompt_token_ids), len(kept), self._backend.num_cached)
+        end_id = self._backend.end_id if reason is FinishReason.STOP else None
+        num_sampled = len(kept) + (end_id is not None)
+        usage = Usage(len(request.prompt_token_ids), num_sampled, self._backend.num_cached)
+        is_scored = end_id is not None and sampling.logprobs is not None
+        end_logprobs = scored(end_id, sampling.logprobs) if is_scored else None
         steps: list[list[Event]] = []
         for start in range(0, len(kept), size):
             new = tuple(kept[start : start + size])
@@ -168,7 +174,7 @@ class FakeStream:
             rest = request.prompt_token_ids[1:]
             entries = (None, *(scored(token_id, request.prompt_logprobs) for token_id in rest))
             steps[0].insert(0, PromptScored(entries))
-        steps[-1] += [Finished(index, reason, usage) for index in range(request.n)]
+        steps[-1] += [Finished(index, reason, usage, end_id, end_logprobs) for index in range(request.n)]
         return steps
 
 

@@ -78,7 +78,9 @@ class Choice:
         return Piece(self.index, "".join(text), ids, logprobs)
 
     def finish(self, finished: Finished) -> Piece | None:
-        """The last piece: text held back, and why it ended. None when a stop string had ended it before."""
+        """The last piece: text held back, the end token, and why it ended. None when a stop string had ended it before.
+
+        The end token is counted and scored like any other, but it is text only when stops are to be included."""
         self.num_cached = finished.usage.cached_tokens
         if self.is_finished:
             return None
@@ -86,9 +88,12 @@ class Choice:
         if self._options.discard:
             return Piece(self.index, "", finish_reason="length")
         self.num_tokens = finished.usage.completion_tokens
-        text, stop = self._matcher.push(self._detokenizer.finish())
-        if stop is not None:
-            return Piece(self.index, text, finish_reason="stop", stop_reason=stop)
-        reason = "stop" if finished.reason is FinishReason.STOP else "length"
-        asked_for = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
-        return Piece(self.index, text + self._matcher.finish(), finish_reason=reason, stop_reason=asked_for)
+        end = () if finished.stop_token_id is None else (finished.stop_token_id,)
+        shown = self._detokenizer.push(end) if self._options.include_stop else ""
+        text, stop = self._matcher.push(shown + self._detokenizer.finish())
+        reason = "stop" if stop is not None or finished.reason is FinishReason.STOP else "length"
+        if stop is None:
+            text += self._matcher.finish()
+            stop = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
+        logprobs = () if finished.stop_logprobs is None else (finished.stop_logprobs,)
+        return Piece(self.index, text, end, logprobs, reason, stop)

@@ -123,8 +123,9 @@ class Choice:
     def _finished(self) -> Finished:
         job, reason = self._stream.job, self._stream.finish_reason
         assert reason is not None
-        usage = Usage(job.num_prompt, job.num_output, job.num_cached)
-        return Finished(self._index, reason, usage, job.stop_token_id)
+        num_sampled = job.num_output + (job.stop_token_id is not None)
+        usage = Usage(job.num_prompt, num_sampled, job.num_cached)
+        return Finished(self._index, reason, usage, job.stop_token_id, job.stop_logprobs)
 
 
 class Choices:

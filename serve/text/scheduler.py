@@ -298,7 +298,7 @@ class TokenScheduler:
                 seq.num_pending -= 1
                 num_output = len(seq.token_ids) - seq.num_prompt
                 if token_id in seq.end_ids and num_output >= seq.sampling.min_tokens:
-                    seq.stop_token_id, finish = token_id, FinishReason.STOP
+                    seq.stop_token_id, seq.stop_logprobs, finish = token_id, logprobs, FinishReason.STOP
                 else:
                     seq.token_ids.append(token_id)
                     token_ids = (token_id,)

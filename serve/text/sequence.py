@@ -39,6 +39,7 @@ class Sequence(Job):
     """Prompt positions found in the prefix cache at the first admission."""
     num_preemptions: int = 0
     stop_token_id: int | None = None
+    stop_logprobs: TokenLogprobs | None = None
 
     end_ids: frozenset[int] = frozenset()
     """The tokens that end it: `stop_token_ids`, and the model's own end tokens unless `ignore_eos`. Set by `add`."""

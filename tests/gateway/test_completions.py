@@ -57,6 +57,30 @@ def test_many_prompts_and_choices_are_numbered_through(prompt, is_stream):
     assert usage["prompt_tokens"] == 6 and usage["completion_tokens"] == 2 * 9
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_end_token_is_counted_and_scored_and_no_text(is_stream):
+    """lm-eval sums `token_logprobs` without the last entry, which it takes for the one token it asked for."""
+    end = tokenizer().token_to_id(END)
+    backend = FakeBackend(reply=(), end_id=end)
+    fields = {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 1, "return_token_ids": True}
+    reply = ask(backend, **fields, stream=is_stream, stream_options={"include_usage": True} if is_stream else None)
+    answers = reply.chunks() if is_stream else [reply.json()]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    assert "".join(choice["text"] for choice in choices) == "abc" and choices[-1]["finish_reason"] == "stop"
+    assert [token for choice in choices for token in choice["logprobs"]["tokens"]] == ["a", "b", "c", END]
+    assert [token_id for choice in choices for token_id in choice["token_ids"]] == [end]
+    assert choices[-1]["logprobs"]["text_offset"][-1] == 3
+    assert answers[-1]["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("keeps_stop, text", [(True, "abX"), (False, "ab")])
+def test_a_stop_token_is_text_only_when_stops_are_included(keeps_stop, text):
+    [stop] = ids("X")
+    fields = {"stop_token_ids": [stop], "include_stop_str_in_output": keeps_stop}
+    [choice] = ask(FakeBackend(reply=ids("ab"), end_id=stop), **fields).json()["choices"]
+    assert choice["text"] == text and choice["stop_reason"] == stop
+
+
 def test_default_is_sixteen_tokens():
     backend = FakeBackend(reply=ids("x") * 100)
     assert ask(backend).json()["usage"]["completion_tokens"] == 16

@@ -27,7 +27,9 @@ tokens = st.lists(ids, max_size=5).map(tuple)
 deltas = st.builds(TokenDelta, st.integers(0, 128), tokens, st.none() | st.lists(logprobs, max_size=3).map(tuple))
 scored = st.builds(PromptScored, st.lists(st.none() | logprobs, max_size=3).map(tuple))
 usages = st.builds(Usage, ids, ids, ids)
-ends = st.builds(Finished, st.integers(0, 128), st.sampled_from(FinishReason), usages, st.none() | ids)
+ends = st.builds(
+    Finished, st.integers(0, 128), st.sampled_from(FinishReason), usages, st.none() | ids, st.none() | logprobs
+)
 params = st.builds(
     SamplingParams, max_tokens=ids, temperature=floats, seed=st.integers(0, 2**64 - 1), logit_bias=alternatives,
     stop_token_ids=tokens, logprobs=st.none() | st.integers(0, 20),

@@ -100,7 +100,7 @@ def test_the_end_token_is_reported_and_not_delivered():
         first = expected(5).index(stop)
         events = await setup.read(await setup.backend.submit(request(stop_token_ids=(stop,))))
         assert ids_of(events) == expected(5)[:first]
-        assert events[-1] == Finished(0, FinishReason.STOP, Usage(9, first, 0), stop)
+        assert events[-1] == Finished(0, FinishReason.STOP, Usage(9, first + 1, 0), stop)
 
     run(test)
 
@@ -110,7 +110,17 @@ def test_a_choice_that_ends_before_its_first_token_has_only_a_finish():
         setup = Setup()
         stop = expected(5)[0]
         events = await setup.read(await setup.backend.submit(request(stop_token_ids=(stop,))))
-        assert events == [Finished(0, FinishReason.STOP, Usage(9, 0, 0), stop)]
+        assert events == [Finished(0, FinishReason.STOP, Usage(9, 1, 0), stop)]
+
+    run(test)
+
+
+def test_the_end_token_is_scored_like_any_other():
+    async def test():
+        setup = Setup()
+        stop = expected(5)[0]
+        events = await setup.read(await setup.backend.submit(request(stop_token_ids=(stop,), logprobs=1)))
+        assert events[-1].stop_logprobs is not None and events[-1].stop_logprobs.token_id == stop
 
     run(test)
 
