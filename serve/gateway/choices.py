@@ -91,9 +91,9 @@ class Choice:
         end = () if finished.stop_token_id is None else (finished.stop_token_id,)
         shown = self._detokenizer.push(end) if self._options.include_stop else ""
         text, stop = self._matcher.push(shown + self._detokenizer.finish())
-        reason = "stop" if stop is not None or finished.reason is FinishReason.STOP else "length"
-        if stop is None:
-            text += self._matcher.finish()
-            stop = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
         logprobs = () if finished.stop_logprobs is None else (finished.stop_logprobs,)
-        return Piece(self.index, text, end, logprobs, reason, stop)
+        if stop is not None:
+            return Piece(self.index, text, end, logprobs, "stop", stop)
+        reason = "stop" if finished.reason is FinishReason.STOP else "length"
+        asked_for = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
+        return Piece(self.index, text + self._matcher.finish(), end, logprobs, reason, asked_for)
