@@ -41,8 +41,11 @@ class Served:
     bundle: dict[str, bytes]
 
 
-def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath) -> Served:
-    """Load the model and start its engine. Blocks. Raises ConfigError."""
+def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath, *, num_replicas_here: int = 1) -> Served:
+    """Load the model and start its engine. Blocks. Raises ConfigError.
+
+    `num_replicas_here` share this machine's cores and memory.
+    """
     from models.source import SourceError, kind_of, resolve
 
     try:
@@ -51,17 +54,24 @@ def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath) ->
     except SourceError as error:
         raise ConfigError(f"model: {error}", param="model") from error
     if kind not in BUILDERS:
-        raise ConfigError(f"{options.model!r} is a model of kind {kind!r}; served are {[*BUILDERS]}", param="model")
-    return BUILDERS[kind](options, folder, observer, on_death)
+        raise ConfigError(
+            f"{options.model!r} is of kind {kind!r}, and Tandem serves models of kind {', '.join(map(repr, BUILDERS))} "
+            f"so far; give another model",
+            param="model",
+        )
+    return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death)
 
 
-def _build_text(options: ModelOptions, folder: Path, observer: EngineObserver, on_death: OnDeath) -> Served:
+def _build_text(
+    options: ModelOptions, folder: Path, num_replicas_here: int, observer: EngineObserver, on_death: OnDeath
+) -> Served:
     from serve.text.build import build_text
-    from serve.text.tokenizer import TokenizerBundle
+    from serve.text.tokenizer import Tokenizer, TokenizerBundle
 
     template = None if options.chat_template is None else Path(options.chat_template)
     bundle = TokenizerBundle.from_folder(folder, template)
-    backend = build_text(options, observer=observer, on_death=on_death)
+    Tokenizer(bundle)  # gateways make their own; files that cannot be used end the start here, with the reason
+    backend = build_text(options, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
     scheduler = backend.scheduler
     observer.follow("tandem_kv_cache_blocks", lambda: scheduler.kv_cache.num_blocks)
     observer.follow("tandem_preemptions_total", lambda: scheduler.num_preemptions)
@@ -71,7 +81,7 @@ def _build_text(options: ModelOptions, folder: Path, observer: EngineObserver, o
     return Served(backend, bundle.files)
 
 
-BUILDERS: dict[str, Callable[[ModelOptions, Path, EngineObserver, OnDeath], Served]] = {"text": _build_text}
+BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath], Served]] = {"text": _build_text}
 """Kind → how its backend is made. The imports inside are the process's heavy ones."""
 
 

@@ -26,8 +26,8 @@ def read(files: Mapping[str, bytes]) -> tuple[Json, Json]:
     """The tokenizer (tokenizer.json's layout) and its config, both complete. Raises `ConfigError`."""
     spec = read_json(files, "tokenizer.json")
     config = {**read_json(files, "special_tokens_map.json"), **read_json(files, "tokenizer_config.json")}
-    if not isinstance(spec.get("model"), dict):
-        raise ConfigError("tokenizer.json has no model; save the tokenizer again with transformers")
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise ConfigError("tokenizer.json has no model with a vocabulary; save the tokenizer again with transformers")
     model_type = read_json(files, "config.json").get("model_type", "llama")
     is_llama = str(config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer" and model_type == "llama"
     if is_llama and b'"ByteLevel"' not in files["tokenizer.json"]:

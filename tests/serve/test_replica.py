@@ -181,7 +181,10 @@ def test_a_text_model_is_built_served_and_measured(tmp_path):
     ("options", "words"),
     [
         (ModelOptions(model="/nowhere/at/all"), "/nowhere/at/all"),
-        (ModelOptions(model="tiny", kind="image"), "kind 'image'; served are ['text']"),
+        (
+            ModelOptions(model="tiny", kind="image"),
+            "'tiny' is of kind 'image', and Tandem serves models of kind 'text'",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_clear_sentence(tmp_path, monkeypatch, options, words):
@@ -193,6 +196,27 @@ def test_what_cannot_be_served_is_refused_with_a_clear_sentence(tmp_path, monkey
             async with started(tmp_path, options):
                 pass
         assert words in raised.value.message
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", '{"a":', "tokenizer.json"),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "?"}}', "tokenizer.json"),
+        ("chat_template.jinja", "{% if %}", "the chat template is not valid jinja2"),
+    ],
+)
+def test_files_no_gateway_could_read_end_the_start(tmp_path, file, content, words):
+    """Else the replica would be up, and no gateway able to serve it."""
+    folder = tiny_folder(tmp_path)
+    (folder / file).write_text(content)
+
+    async def test() -> None:
+        with pytest.raises(ConfigError, match=words):
+            async with started(tmp_path, ModelOptions(model=str(folder))):
+                pass
 
     run(test)
 
