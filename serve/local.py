@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 RESTART_PAUSE_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 """Pause before the n-th restart in a row; a child that lived `STABLE_S` starts the row anew."""
 STABLE_S = 60.0
+MEETING_S = 30.0
+"""For every gateway to connect to replicas that are up already, and to read their tokenizers."""
 EXIT_MARGIN_S = 5.0
 """How much longer than the drain time a child gets before it is killed."""
 
@@ -53,6 +55,7 @@ class _Child:
         self.spec = spec
         self.process: Process | None = None
         self.started: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self.met = asyncio.Event()
         self.report: Report | None = None
         self.is_stopping = False
 
@@ -93,6 +96,8 @@ class _Child:
                 log.info("process ready id=%s pid=%s", self.spec.process_id, process.pid)
                 if not self.started.done():
                     self.started.set_result(last)
+            elif last.event == "met":
+                self.met.set()
         code = await process.wait()
         return last if last.event == "failed" else dataclasses.replace(last, message=f"exit status {code}")
 
@@ -131,7 +136,6 @@ class LocalApplication:
     async def start(self) -> str:
         hub_address = await self._hub.start(f"unix:{self._directory}/hub")
         for index, model in enumerate(self._options.models):
-            model = dataclasses.replace(model, threads=model.threads or self._default_threads())
             for number in range(model.num_replicas):
                 self._replicas.append(self._child(f"replica-{index}-{number}", hub_address, model=model))
         # Gateways start beside the replicas: they import while weights load, and are ready when the models are.
@@ -144,6 +148,11 @@ class LocalApplication:
             self._gateways.append(self._child(f"gateway-{number}", hub_address, port=port))
         for child in [*self._replicas, *self._gateways]:
             await self._first_report(child)
+        try:
+            async with asyncio.timeout(MEETING_S):
+                await asyncio.gather(*(gateway.met.wait() for gateway in self._gateways))
+        except TimeoutError:
+            raise TandemError(f"start-up failed: a gateway did not reach every model in {MEETING_S:g} s") from None
         return url
 
     def cards(self) -> list[ModelCard]:
@@ -185,14 +194,11 @@ class LocalApplication:
             hub_address=hub_address,
             address=f"unix:{self._directory}/{name}",
             model=model,
+            num_replicas_here=sum(model.num_replicas for model in self._options.models),
+            models=tuple(model.name for model in self._options.models),
             gateway=None if model else dataclasses.replace(gateway, port=gateway.port if port is None else port),
             drain_timeout_s=gateway.drain_timeout_s,
         )
-
-    def _default_threads(self) -> int:
-        """This machine's cores, shared between the replicas: more compute threads than cores wait for each other."""
-        replicas = sum(model.num_replicas for model in self._options.models)
-        return max(1, len(os.sched_getaffinity(0)) // replicas)
 
     async def _first_report(self, child: _Child) -> Report:
         """Wait for a child's first report, or for the failure of any other child. Raises what it failed with."""

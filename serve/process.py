@@ -1,8 +1,9 @@
 """A child process of the local application: one replica or one gateway.
 
 The parent writes a `Spec` as one JSON line to the child's standard input and keeps it open: when it closes, the parent
-is gone and the child ends at once. The child answers with JSON lines on standard output: `ready` or `failed`. SIGTERM
-drains. Everything else (logs, progress bars) goes to standard error.
+is gone and the child ends at once. The child answers with JSON lines on standard output: `ready` or `failed`, and a
+gateway `met` once it can serve every model. SIGTERM drains. Everything else (logs, progress bars) goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -38,13 +40,17 @@ class Spec:
     address: str
     """Where a replica listens."""
     model: ModelOptions | None = None
+    num_replicas_here: int = 1
+    """Replicas that share this machine's cores and memory."""
     gateway: GatewayOptions | None = None
+    models: tuple[str, ...] = ()
+    """What a gateway is to meet."""
     drain_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a child says: `event` is "ready" or "failed"."""
+    """What a child says: `event` is "ready", "met" or "failed"."""
 
     event: str
     url: str = ""
@@ -77,22 +83,24 @@ def main() -> None:
 async def _run(spec: Spec) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    starting = asyncio.create_task(_start(spec))
+    background: set[asyncio.Task[None]] = set()
+    starting = asyncio.create_task(_start(spec, background))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         os._exit(0)  # told to stop while loading: nothing was accepted, nothing is lost
-    part, report = starting.result()
-    _report(report)
+    part = starting.result()
     await stopping
+    for task in background:
+        task.cancel()
     await part.drain(spec.drain_timeout_s)
     await part.aclose()
 
 
-async def _start(spec: Spec) -> tuple[_Part, Report]:
+async def _start(spec: Spec, background: set[asyncio.Task[None]]) -> _Part:
     secret = base64.b64decode(spec.secret)
     if spec.model is not None:
-        from serve.replica import Replica
+        from serve.replica import Replica, build
 
         replica = Replica(
             spec.model,
@@ -100,15 +108,23 @@ async def _start(spec: Spec) -> tuple[_Part, Report]:
             secret=secret,
             hub_address=spec.hub_address,
             address=spec.address,
+            build=partial(build, num_replicas_here=spec.num_replicas_here),
         )
         await replica.start()
-        return replica, Report(event="ready", card=replica.card)
+        _report(Report(event="ready", card=replica.card))
+        return replica
     assert spec.gateway is not None
     from serve.gateway.gateway import Gateway
 
     gateway = Gateway(spec.gateway, gateway_id=spec.process_id, secret=secret, hub_address=spec.hub_address)
-    url = await gateway.start()
-    return gateway, Report(event="ready", url=url)
+    _report(Report(event="ready", url=await gateway.start()))
+
+    async def meet() -> None:
+        await gateway.meet(spec.models)
+        _report(Report(event="met"))
+
+    background.add(asyncio.create_task(meet()))
+    return gateway
 
 
 def _report(report: Report) -> None:

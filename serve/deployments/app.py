@@ -42,7 +42,8 @@ def build_application(options: ServeOptions, *, host: str | None = None) -> Appl
     """
     secret = secrets.token_bytes(32)
     hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host)
-    models = {model.name: _model(model, options).bind(model, secret, hub, host) for model in options.models}
+    total = sum(model.num_replicas for model in options.models)
+    models = {model.name: _model(model, options).bind(model, secret, hub, host, total) for model in options.models}
     gateway = _deployment(
         GatewayDeployment,
         name="gateway",

@@ -41,8 +41,9 @@ class GatewayDeployment:
     async def url(self) -> str:
         return self._url
 
-    async def cards(self) -> list[ModelCard]:
-        """The models this gateway can reach now."""
+    async def meet(self, models: list[str]) -> list[ModelCard]:
+        """Wait until every one of `models` can be served from here; their cards."""
+        await self._gateway.meet(models)
         return self._gateway.cards()
 
     async def drain(self, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""This node's address as its Ray cluster knows it: loopback for an embedded Ray, the pod's on a cluster."""
+"""This node as its Ray cluster knows it, and how many there are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import ray
 
 
 def node_address() -> str:
-    """Where other nodes of this cluster reach this one, for the channel's sockets."""
+    """Where other nodes of this cluster reach this one, for the channel's sockets: the pod's address, say."""
     own = ray.get_runtime_context().get_node_id()
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
+
+
+def num_nodes() -> int:
+    """Nodes that live now and can hold a replica."""
+    return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) or 1

@@ -6,14 +6,17 @@ ended, so that Serve's accounting of ongoing requests, its draining and its canc
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.deployments.node import node_address
+from serve.deployments.node import node_address, num_nodes
 from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
-from serve.replica import Replica
+from serve.replica import Replica, build
 from serve.request import ModelCard, Request
 
 
@@ -21,8 +24,9 @@ class ReplicaDeployment:
     """One replica of one model. Its actor is healthy while its engine is; a dead engine ends the process."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, options: ModelOptions, secret: bytes, hub: DeploymentHandle, host: str | None
+        self, options: ModelOptions, secret: bytes, hub: DeploymentHandle, host: str | None, num_replicas: int
     ) -> None:
+        """`num_replicas`: of all models of the application, spread over the cluster's nodes."""
         configure_logging()
         self._id = ray_serve.get_replica_context().replica_id.unique_id
         self._replica = Replica(
@@ -31,6 +35,7 @@ class ReplicaDeployment:
             secret=secret,
             hub_address=hub.address.remote,
             address=f"tcp:{host or node_address()}:0",
+            build=partial(build, num_replicas_here=math.ceil(num_replicas / num_nodes())),
         )
         await self._replica.start()
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,11 +119,11 @@ class RayApplication:
         except RuntimeError as error:
             raise TandemError(f"start-up failed: {_deploy_error(ray_serve, error)}") from None
         # Serve calls deployments ready on their own; what counts is that the gateway has met every model.
-        until = time.monotonic() + MEETING_S
-        while len(self._cards) < len(self._options.models):
-            if time.monotonic() > until:
-                raise TandemError(f"start-up failed: the gateway met only {len(self._cards)} models in {MEETING_S:g} s")
-            self._cards = handle.cards.remote().result()
+        try:
+            names = [model.name for model in self._options.models]
+            self._cards = handle.meet.remote(names).result(timeout_s=MEETING_S)
+        except TimeoutError:
+            raise TandemError(f"start-up failed: the gateway did not reach every model in {MEETING_S:g} s") from None
         return str(handle.url.remote().result())
 
     def _drain(self, timeout_s: float) -> None:

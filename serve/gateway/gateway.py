@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from serve.channel import Carrier, ChannelClient
 from serve.errors import EngineDead
@@ -68,6 +68,10 @@ class Gateway:
     def cards(self) -> list[ModelCard]:
         """The models this gateway has met."""
         return self._pool.cards()
+
+    async def meet(self, models: Collection[str]) -> None:
+        """Return when every one of `models` can be served from here."""
+        await self._pool.meet(models)
 
     def check_health(self) -> None:
         """Raise when this process should be replaced."""

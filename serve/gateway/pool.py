@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +84,7 @@ class Pool:
         self._expected: set[str] = set()
         """Models the hub names, connected or not."""
         self._closing: set[asyncio.Task[None]] = set()
+        self._joined = asyncio.Event()
 
     def update(self, entries: Sequence[ReplicaEntry]) -> None:
         """The hub's list: connect to new replicas, drop the others once their streams have ended."""
@@ -101,6 +102,12 @@ class Pool:
     def is_ready(self) -> bool:
         """Whether some model can be served."""
         return any(_is_up(member) for member in self._members.values())
+
+    async def meet(self, models: Collection[str]) -> None:
+        """Return when every one of `models` can be served from here."""
+        while not set(models) <= {member.entry.model for member in self._members.values() if _is_up(member)}:
+            self._joined.clear()
+            await self._joined.wait()
 
     def cards(self) -> list[ModelCard]:
         """The models known here, by name."""
@@ -171,12 +178,13 @@ class Pool:
                     break
                 self._close(remote)
             except (OSError, TandemError, TimeoutError, EOFError) as error:
-                log.warning("replica not reached id=%s error=%s", entry.replica_id, type(error).__name__)
+                log.warning("replica not reached id=%s error=%r", entry.replica_id, error)
                 if isinstance(error, ConfigError):
-                    return
+                    return  # its files will be the same next time
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_S)
         member.remote = remote
+        self._joined.set()
         log.info("replica joined id=%s model=%s", entry.replica_id, entry.model)
 
     async def _learn(self, name: str, remote: Remote) -> _Model:

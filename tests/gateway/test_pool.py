@@ -149,6 +149,23 @@ def test_before_any_replica_every_model_is_unavailable():
     asyncio.run(scenario())
 
 
+def test_meeting_ends_when_every_model_can_be_served():
+    a, b = FakeBackend(replica_id="a"), FakeBackend(replica_id="b", card=card("second", aliases=()))
+
+    async def scenario():
+        pool = Pool(Net(a, b).connect)
+        pool.update([entry("a")])
+        await pool.meet(["tiny"])
+        both = asyncio.create_task(pool.meet(["tiny", "second"]))
+        await joined(pool, 1)
+        assert not both.done()
+        pool.update([entry("a"), entry("b", "second")])
+        await both
+        await pool.aclose()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_lost_replica_is_reached_again_while_the_hub_names_it(monkeypatch):
     monkeypatch.setattr("serve.gateway.pool.FIRST_RETRY_S", 0.001)
     backend = FakeBackend()
