@@ -34,13 +34,13 @@ DEFAULT_MODELS = ("tandem-text",)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tandem` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by force."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
-    except ConfigError as error:
-        raise SystemExit(f"tandem: {error.message}") from None
     except TandemError as error:
         raise SystemExit(f"tandem: {error.message}") from None
+    except KeyboardInterrupt:  # before there is anything to stop; later signals are handled
+        raise SystemExit(130) from None
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,57 @@
+"""The command refuses what it cannot do, in one line that names flag, value and remedy, before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from serve.cli import main
+from serve.options import GatewayOptions, ModelOptions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["m", "--port", "99999"], "--port is 99999; give a value from 0 to 65535"),
+        (["m", "--max-num-seqs", "0"], "--max-num-seqs is 0; give a value from 1"),
+        (["m", "--max-num-batched-tokens", "4"], "--max-num-batched-tokens is 4, below max_num_seqs (256)"),
+        (["a", "a"], "two models answer to 'a'"),
+        (["a", "b", "--served-model-name", "x"], "--served-model-name names one model"),
+        (["m", "--config", "file.yaml"], "'m' and --config exclude each other"),
+        (["--dtype", "float16", "--config", "file.yaml"], "'--dtype' and --config exclude each other"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["m", "--no-ray", "--ray-address", "auto"], "--no-ray and --ray-address exclude each other"),
+    ],
+)
+def test_wrong_options_end_in_one_line(arguments, expected):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *arguments])
+    message = str(ended.value.code)
+    assert message.startswith("tandem: ") and expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize("arguments", [["--max-seqs", "4"], ["m", "--port", "eighty"], ["m", "--dtype", "int3"]])
+def test_unknown_flags_and_malformed_values_are_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *arguments])
+    assert ended.value.code == 2 and arguments[-2] in capsys.readouterr().err
+
+
+def test_help_tells_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for spec in (*dataclasses.fields(ModelOptions), *dataclasses.fields(GatewayOptions)):
+        assert spec.name == "model" or "--" + spec.name.replace("_", "-") in shown
+
+
+def test_check_says_what_is_wrong_without_starting_anything(tmp_path, capsys):
+    file = tmp_path / "tandem.yaml"
+    file.write_text("models:\n  - {model: a, served_model_name: [x, y]}\n  - {model: org/b, num_replicas: 2}\n")
+    main(["check", str(file)])
+    assert capsys.readouterr().out.splitlines()[1:] == ["  x: a, 1 replicas", "  org/b: org/b, 2 replicas"]
+    file.write_text("models:\n  - {model: a, max_seqs: 4}\n")
+    with pytest.raises(SystemExit, match=r"models\[0\]\.max_seqs: unknown key; did you mean 'max_num_seqs'"):
+        main(["check", str(file)])
