@@ -110,7 +110,7 @@ class GatewayOptions:
     api_key: tuple[str, ...] = ()
     """Keys clients must send as `Authorization: Bearer …`. Also from TANDEM_API_KEY and `api_key_file`."""
     api_key_file: str | None = None
-    """One key a line."""
+    """One key a line; a line that begins with # is a comment."""
     allow_unauthenticated: bool = False
     """Bind other than loopback without keys."""
     metrics_require_key: bool = False

@@ -39,7 +39,7 @@ class Keys:
                 lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"api_key_file {options.api_key_file!r} cannot be read: {_reason(error)}") from None
-            found = [line.strip() for line in lines if line.strip()]
+            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
                 raise ConfigError(f"api_key_file {options.api_key_file!r} holds no key; write one a line")
             keys += found

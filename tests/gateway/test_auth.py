@@ -70,15 +70,16 @@ def test_metrics_have_their_own_switch():
 
 def test_keys_come_from_options_file_and_environment(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("from-file\n\n  other  \n")
+    path.write_text("# team-a\nfrom-file\n\n  other  \n")
     keys = Keys.load(GatewayOptions(api_key=("flag",), api_key_file=str(path)), {"TANDEM_API_KEY": "env"})
     for key in ("flag", "from-file", "other", "env"):
         assert keys.tenant("/v1/models", f"Bearer {key}")
-    with pytest.raises(Unauthorized):
-        keys.tenant("/v1/models", "Bearer nope")
+    for other in ("nope", "# team-a", "team-a"):
+        with pytest.raises(Unauthorized):
+            keys.tenant("/v1/models", f"Bearer {other}")
 
 
-@pytest.mark.parametrize("text", [None, "", "\n \n", "caf\u00e9"])
+@pytest.mark.parametrize("text", [None, "", "\n \n", "# only a comment", "caf\u00e9"])
 def test_unusable_key_files_are_refused(tmp_path, text):
     path = tmp_path / "keys"
     if text is not None:
