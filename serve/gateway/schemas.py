@@ -18,6 +18,7 @@ from serve.gateway.fields import CHAT, COMPLETIONS, FIELDS, Use
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt"}
+_PATHS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions"}
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -134,7 +135,9 @@ def _from_table(data: dict[str, Any], endpoint: str) -> dict[str, Any]:
     for name, value in data.items():
         entry = table.get(name)
         if entry is None:
-            raise InvalidRequest(_unknown(name, list(table)), param=_safe_name(name))
+            elsewhere = next((other for other in FIELDS if name in FIELDS[other]), None)
+            hint = f"{name} belongs to {_PATHS[elsewhere]}" if elsewhere else _unknown(name, list(table))
+            raise InvalidRequest(hint, param=_safe_name(name))
         if entry.use is not Use.REFUSED:
             kept[name] = value
         elif value is not None and not any(_same(value, harmless) for harmless in entry.harmless):

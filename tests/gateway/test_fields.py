@@ -114,6 +114,13 @@ def test_honoured_sampling_fields_reach_the_backend(endpoint):
     assert request.timeout_s == 12.5
 
 
+def test_fields_of_the_other_endpoint_are_refused_with_its_path():
+    [reply] = post_all("chat", [{**BASE["chat"], "prompt": "x"}])
+    assert reply.status == 400 and "/v1/completions" in reply.json()["error"]["message"]
+    [reply] = post_all("completions", [{**BASE["completions"], "messages": []}])
+    assert reply.status == 400 and "/v1/chat/completions" in reply.json()["error"]["message"]
+
+
 def test_unknown_fields_are_refused_by_name_with_the_nearest_one():
     [reply] = post_all("chat", [{**BASE["chat"], "max_token": 3}])
     error = reply.json()["error"]
