@@ -271,7 +271,7 @@ class Engine(Generic[J, B, O]):
         self._scheduler.abandon(flight.batch)
         jobs = [job for job in flight.jobs if not job.is_finished]
         ids = ",".join(job.id for job in jobs)
-        log.error("event=batch_failed is_alone=%s jobs=%s", flight.is_alone, ids, exc_info=error)
+        log.error("batch failed is_alone=%s jobs=%s", flight.is_alone, ids, exc_info=error)
         if not flight.is_alone:
             self._suspects.update((job.id, job) for job in jobs)
             return
@@ -284,7 +284,7 @@ class Engine(Generic[J, B, O]):
         """End everything now: nothing here can be trusted any more."""
         if self._death is not None:
             return
-        log.critical("event=engine_died", exc_info=cause)
+        log.critical("engine died", exc_info=cause)
         self._death = f"the engine has died ({type(cause).__name__}) and its process ends; send the request again"
         self._door.shut(EngineDead, self._death)
         for stream in list(self._streams.values()):
@@ -357,7 +357,7 @@ class Engine(Generic[J, B, O]):
         except Exception:
             if not self._has_observer_failed:
                 self._has_observer_failed = True
-                log.exception("event=observer_failed")
+                log.exception("observer failed")
 
 
 def _deadline(job: Job) -> float:

@@ -362,7 +362,7 @@ def test_a_failing_observer_fails_no_job(caplog):
     stream = bench.submit()
     bench.run()
     assert tokens(stream) == undisturbed()
-    assert caplog.text.count("event=observer_failed") == 1
+    assert caplog.text.count("observer failed") == 1
 
 
 # -- what is watched -----------------------------------------------------------------------------------------------
