@@ -6,6 +6,11 @@ copy stays in the cache of the processor; the G query heads of a key head are ro
 computed sequence by sequence in tiles of queries, each against the keys its last row sees. Fresh memory is never asked
 for: with new pages every step the gather costs six times more (50 against 8 ms for 39 MB, one thread, AMD EPYC).
 
+Decodes that begin with the same blocks (a common prompt) attend those once, all their queries in one product, and each
+its own rest; the two parts are joined by their log-sum-exp (as cascade attention, Ye et al., FlashInfer 2024). With 32
+sequences of 544 positions, 512 of them common, a layer took 2 ms instead of 18 (Qwen3 0.6B, bfloat16, two threads).
+The joined result is rounded differently in its last bit: in float32 1e-7, in bfloat16 as much as another chunking.
+
 Key lengths are padded to a multiple of 16 and masked. With that a decode's bits do not depend on how far its mates pad
 it in bfloat16, and in float32 almost never (MKL picks its kernels by size and alignment; then they differ by 1e-7).
 
@@ -15,7 +20,7 @@ H head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import gcd, prod
@@ -34,6 +39,11 @@ _TILE = 256
 _ALIGN = 16
 """Key lengths are padded to this many positions, a full vector of float32 (see above)."""
 
+_LEAST_COMMON = 128
+"""Positions that decodes must have in common to be attended once: below, two kernel calls cost more than they save."""
+_LEAST_MEMBERS = 4
+"""Sequences that must share them."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -47,6 +57,17 @@ class _Decodes:
     blocks: torch.Tensor
     """Block ids, the same number for each sequence."""
     mask_S11L: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Decodes that begin with the same blocks."""
+
+    rows_S: torch.Tensor
+    common: torch.Tensor
+    """The blocks all begin with."""
+    rests: list[_Decodes]
+    """What each has beyond them; rows count within the family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +88,7 @@ class _Plan:
     fresh: torch.Tensor | None
     """Blocks first written in this step and not filled by it. What an earlier owner left in their tails is masked, but
     0 * NaN is NaN: they are cleared, so that no sequence can poison a later one."""
-    work: dict[int | None, tuple[list[_Decodes], list[_Chunk]]] = field(default_factory=dict)
+    work: dict[int | None, tuple[list[_Family], list[_Decodes], list[_Chunk]]] = field(default_factory=dict)
     """What to gather and mask, by sliding window; made when the first layer with that window asks."""
 
 
@@ -120,12 +141,14 @@ class CpuAttention:
         by_slot[:, 0].index_copy_(0, plan.slots_T, k_TKH)
         by_slot[:, 1].index_copy_(0, plan.slots_T, v_TKH)
         if window not in plan.work:
-            plan.work[window] = self._work(plan.layout, window)
-        decodes, chunks = plan.work[window]
+            plan.work[window] = self._work(plan.layout, window, may_share=softcap is None)
+        families, decodes, chunks = plan.work[window]
         by_block = kv.view(-1, self._block_values)
-        if len(decodes) == 1 and not chunks:
+        if len(decodes) == 1 and not chunks and not families:
             return self._decode(q_TNH, by_block, decodes[0], scale, softcap)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+        for family in families:
+            out_TNH[family.rows_S] = self._decode_family(q_TNH[family.rows_S], by_block, family, scale)
         for group in decodes:
             out_TNH[group.rows_S] = self._decode(q_TNH[group.rows_S], by_block, group, scale, softcap)
         for chunk in chunks:
@@ -136,17 +159,44 @@ class CpuAttention:
     def _decode(
         self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes, scale: float, softcap: float | None
     ) -> torch.Tensor:
+        q_SKGH, keys, values = self._operands(q_SNH, by_block, group)
+        if softcap is None:
+            out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
+        else:
+            out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
+        return out_SKGH.reshape(q_SNH.shape).to(self._spec.dtype)
+
+    def _decode_family(
+        self, q_SNH: torch.Tensor, by_block: torch.Tensor, family: _Family, scale: float
+    ) -> torch.Tensor:
+        """The common positions once for all, each one's rest, and the two joined in float32."""
+        spec, num, groups = self._spec, len(family.rows_S), self._num_groups
+        q_SKGH = q_SNH.view(num, spec.num_kv_heads, groups, spec.head_dim)
+        gathered = self._gather(by_block, family.common)
+        keys, values = gathered.view(1, -1, 2, spec.num_kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
+        q_1KRH = q_SKGH.transpose(0, 1).reshape(1, spec.num_kv_heads, num * groups, spec.head_dim)
+        out_1KRH, lse_1KR = _flash(q_1KRH, keys, values, 0.0, False, scale=scale)
+        common_SKGH = out_1KRH.view(spec.num_kv_heads, num, groups, spec.head_dim).transpose(0, 1).float()
+        lse_SKG = lse_1KR.view(spec.num_kv_heads, num, groups).transpose(0, 1)
+        joined_SKGH = torch.empty_like(common_SKGH)
+        for rest in family.rests:
+            rows = rest.rows_S
+            q_RKGH, keys, values = self._operands(q_SNH[rows], by_block, rest)
+            out_RKGH, lse_RKG = _flash(q_RKGH, keys, values, 0.0, False, attn_mask=rest.mask_S11L, scale=scale)
+            share_RKG1 = torch.sigmoid(lse_RKG - lse_SKG[rows]).unsqueeze(-1)
+            joined_SKGH[rows] = torch.lerp(common_SKGH[rows], out_RKGH.float(), share_RKG1)
+        return joined_SKGH.reshape(q_SNH.shape).to(spec.dtype)
+
+    def _operands(
+        self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [S, K, G, H] and a group's gathered keys and values [S, K, L, H]."""
         spec, num = self._spec, group.num_sequences
         gathered = self._gather(by_block, group.blocks)
         if self._widens:
             q_SNH, gathered = q_SNH.float(), self._widen(gathered)
         keys, values = gathered.view(num, -1, 2, spec.num_kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
-        q_SKGH = q_SNH.view(num, spec.num_kv_heads, self._num_groups, spec.head_dim)
-        if softcap is None:
-            out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
-        else:
-            out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
-        return out_SKGH.reshape(num, self._num_heads, spec.head_dim).to(spec.dtype)
+        return q_SNH.view(num, spec.num_kv_heads, self._num_groups, spec.head_dim), keys, values
 
     def _prefill(
         self,
@@ -177,19 +227,33 @@ class CpuAttention:
 
     def _gather(self, by_block: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """The blocks one after the other, in the buffer that every call reuses."""
-        if self._scratch.shape[0] < len(blocks):
-            self._scratch = torch.empty(len(blocks), self._block_values, dtype=self._spec.dtype)
-        return torch.index_select(by_block, 0, blocks, out=self._scratch[: len(blocks)])
+        num = blocks.shape[0]
+        if self._scratch.shape[0] < num:
+            self._scratch = torch.empty(num, self._block_values, dtype=self._spec.dtype)
+        return torch.index_select(by_block, 0, blocks, out=self._scratch[:num])
 
     def _widen(self, gathered: torch.Tensor) -> torch.Tensor:
-        if self._wide.shape[0] < len(gathered):
-            self._wide = torch.empty(len(gathered), self._block_values)
-        return self._wide[: len(gathered)].copy_(gathered)
+        num = gathered.shape[0]
+        if self._wide.shape[0] < num:
+            self._wide = torch.empty(num, self._block_values)
+        return self._wide[:num].copy_(gathered)
 
-    def _work(self, layout: TokenLayout, window: int | None) -> tuple[list[_Decodes], list[_Chunk]]:
+    def _work(
+        self, layout: TokenLayout, window: int | None, *, may_share: bool
+    ) -> tuple[list[_Family], list[_Decodes], list[_Chunk]]:
         lengths = [new + computed for new, computed in zip(layout.num_new, layout.num_computed, strict=True)]
         starts = list(chain((0,), np.cumsum(layout.num_new).tolist()))
         decoding = [index for index, num_new in enumerate(layout.num_new) if num_new == 1]
+        families = []
+        for members, num_common in self._families(decoding, lengths, layout) if may_share and window is None else ():
+            decoding = [index for index in decoding if index not in members]
+            places = {index: place for place, index in enumerate(members)}
+            rests = [
+                self._group(part, lengths, places, layout, window, num_common)
+                for part in self._split(members, lengths, window, num_common)
+            ]
+            common = torch.tensor(layout.block_tables[members[0]][:num_common])
+            families.append(_Family(torch.tensor([starts[index] for index in members]), common, rests))
         decodes = [
             self._group(members, lengths, starts, layout, window) for members in self._split(decoding, lengths, window)
         ]
@@ -198,36 +262,66 @@ class CpuAttention:
             for index, num_new in enumerate(layout.num_new)
             if num_new > 1
         ]
-        return decodes, chunks
+        return families, decodes, chunks
 
-    def _split(self, decoding: list[int], lengths: list[int], window: int | None) -> list[list[int]]:
-        """Groups of `decoding` sequences whose padded caches fit the budget, by length when one does not do."""
+    def _families(
+        self, decoding: list[int], lengths: list[int], layout: TokenLayout
+    ) -> Iterator[tuple[list[int], int]]:
+        """Sequences that begin with the same blocks, and how many of those they have in common (full ones only)."""
+        by_first: dict[int, list[int]] = {}
+        for index in decoding:
+            if lengths[index] > _LEAST_COMMON:
+                by_first.setdefault(layout.block_tables[index][0], []).append(index)
+        for members in by_first.values():
+            if len(members) < _LEAST_MEMBERS:
+                continue
+            most = min((lengths[index] - 1) // self._spec.block_size for index in members)
+            tables = np.array([layout.block_tables[index][:most] for index in members])
+            differs = (tables != tables[0]).any(axis=0)
+            num_common = int(differs.argmax()) if differs.any() else most
+            num_common -= num_common % self._blocks_multiple
+            if num_common * self._spec.block_size >= _LEAST_COMMON:
+                yield members, num_common
+
+    def _split(
+        self, decoding: list[int], lengths: list[int], window: int | None, num_common: int = 0
+    ) -> list[list[int]]:
+        """Groups of `decoding` sequences whose padded caches (without the first `num_common` blocks) fit the budget, by
+        length when one does not do."""
         if not decoding:
             return []
         limit = max(1, _GROUP_BYTES * torch.get_num_threads() // (self._block_values * self._spec.dtype.itemsize))
-        if len(decoding) * max(self._span(lengths[index], 1, window)[1] for index in decoding) <= limit:
+        sizes = {index: self._span(lengths[index], 1, window, num_common)[1] for index in decoding}
+        if len(decoding) * max(sizes.values()) <= limit:
             return [decoding]
         groups: list[list[int]] = [[]]
         for index in sorted(decoding, key=lambda index: lengths[index]):
-            if groups[-1] and (len(groups[-1]) + 1) * self._span(lengths[index], 1, window)[1] > limit:
+            if groups[-1] and (len(groups[-1]) + 1) * sizes[index] > limit:
                 groups.append([])
             groups[-1].append(index)
         return groups
 
-    def _span(self, length: int, num_new: int, window: int | None) -> tuple[int, int]:
-        """First block that the last `num_new` positions of a sequence see, and how many from there (padded)."""
+    def _span(self, length: int, num_new: int, window: int | None, num_common: int = 0) -> tuple[int, int]:
+        """First block beyond `num_common` that the last `num_new` positions see, and how many from there (padded)."""
         size, multiple = self._spec.block_size, self._blocks_multiple
-        first = 0 if window is None else max(0, length - num_new - window + 1) // size
+        first = num_common if window is None else max(0, length - num_new - window + 1) // size
         # Windows begin at a multiple too: a key's place in its vector then depends on its position only.
         first -= first % multiple
         num = -(-length // size) - first
         return first, num + -num % multiple
 
     def _group(
-        self, members: list[int], lengths: list[int], starts: list[int], layout: TokenLayout, window: int | None
+        self,
+        members: list[int],
+        lengths: list[int],
+        starts: Sequence[int] | dict[int, int],
+        layout: TokenLayout,
+        window: int | None,
+        num_common: int = 0,
     ) -> _Decodes:
+        """`starts`: the row of each sequence's token."""
         size = self._spec.block_size
-        spans = [self._span(lengths[index], 1, window) for index in members]
+        spans = [self._span(lengths[index], 1, window, num_common) for index in members]
         most = max(num for _, num in spans)
         ids: list[int] = []
         for index, (first, _) in zip(members, spans, strict=True):

@@ -99,6 +99,37 @@ def test_several_groups_of_decodes_equal_the_reference(monkeypatch: pytest.Monke
     compare(make_attention("cpu", spec, 4), spec, 4, None)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_common", [140, 200])
+def test_decodes_that_begin_with_the_same_blocks_equal_the_reference(
+    num_common: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Six share a prompt, one of them by fewer blocks, two share nothing; and a chunk computes beside them."""
+    spec = spec_of(kv_heads, head_dim, dtype)
+    backend, reference = make_attention("cpu", spec, heads), make_attention("sdpa", spec, heads)
+    steps = Steps(spec, heads)
+    layers = [backend.allocate(NUM_BLOCKS)[0], reference.allocate(NUM_BLOCKS)[0]]
+    family = [f"f{index}" for index in range(6)]
+
+    def run(new: dict[str, int]) -> None:
+        layout, q, k, v = steps.next(new)
+        found, expected = (
+            attention.attend(q, k, v, kv, attention.plan(layout), scale=0.2)
+            for attention, kv in zip((backend, reference), layers, strict=True)
+        )
+        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+
+    run({"prompt": num_common, "x": 150, "y": 20})
+    for index, name in enumerate(family):
+        num_blocks = (num_common - 1) // spec.block_size - (index == 5)
+        steps.tables[name] = steps.tables["prompt"][:num_blocks]
+        steps.lengths[name] = num_blocks * spec.block_size
+    run({name: 5 + 9 * index for index, name in enumerate(family)})
+    run({"x": 1, "f3": 1, **dict.fromkeys(family, 1), "y": 1})
+    run({"f0": 1, "f1": 1, "f2": 1, "y": 12, "f5": 1, "f4": 1, "x": 1})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -> None:
     """Over sizes where MKL's float32 kernels agree too; for bfloat16 it holds wherever it was tried."""
