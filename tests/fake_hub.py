@@ -25,6 +25,8 @@ class FakeHub:
     def answer(self, path: str, *, is_get: bool) -> tuple[int, dict[str, str], bytes]:
         """status, headers and body for one request."""
         parts = unquote(urlsplit(path).path).strip("/").split("/")
+        if len(parts) < 4:
+            return 404, {}, b""
         if parts[:2] == ["api", "models"]:
             repo, what, revision = "/".join(parts[2:4]), parts[4], parts[5]
         else:

@@ -71,7 +71,17 @@ def serving(
     command: Sequence[str] | None = None,
     **environment: str,
 ) -> Iterator[Serving]:
-    """`tandem serve ARGUMENTS` on a free port until the block ends. Standard error is merged into the lines."""
+    """`tandem serve ARGUMENTS` on a free port, ready, until the block ends. Standard error is merged into the lines."""
+    with launched(*arguments, cwd=cwd, command=command, **environment) as running:
+        running.wait_ready(timeout_s)
+        yield running
+
+
+@contextlib.contextmanager
+def launched(
+    *arguments: str, cwd: Path | None = None, command: Sequence[str] | None = None, **environment: str
+) -> Iterator[Serving]:
+    """The same, not waited for."""
     port = () if "--port" in arguments else ("--port", "0")
     process = subprocess.Popen(
         [*(command or _command()), "serve", *port, *arguments],
@@ -81,10 +91,8 @@ def serving(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    running = Serving(process)
     try:
-        running.wait_ready(timeout_s)
-        yield running
+        yield Serving(process)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -1,0 +1,70 @@
+"""How `tandem serve` starts, or does not: hub ids, broken models, signals while it loads. What fails leaves nothing."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from fake_hub import FakeHub, running
+from serving import eventually, launched, serving
+from tiny import tiny_folder
+
+ARGUMENTS = ("--no-ray", "--threads", "1")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tiny_folder(tmp_path)
+
+
+def test_a_hub_id_is_fetched_and_served(folder, tmp_path):
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with running(FakeHub({"org/model": {**files, "pytorch_model.bin": b"code"}})) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        with serving("org/model", *ARGUMENTS, **environment) as server:
+            [model] = httpx.get(f"{server.url}/v1/models", timeout=10).json()["data"]
+            assert model["id"] == "org/model"
+            answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "the", "max_tokens": 2}, timeout=30)
+            assert answer.status_code == 200
+        assert "model.safetensors" in hub.requested and "pytorch_model.bin" not in hub.requested
+        with launched("org/absent", *ARGUMENTS, **environment) as server:
+            assert server.process.wait(timeout=60) == 1
+            eventually(
+                lambda: "'org/absent' is not" in server.lines[-1] and "the hub does not have it" in server.lines[-1]
+            )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"", "cannot be read as safetensors"),
+        ("tokenizer.json", b"{", "tokenizer.json is not valid JSON"),
+        ("chat_template.jinja", b"{% if %}", "the chat template is not valid jinja2"),
+        ("model_index.json", b"{}", "of kind 'image', and Tandem serves models of kind 'text'"),
+    ],
+)
+def test_a_broken_model_ends_the_start_in_one_line_and_leaves_no_process(folder, file, content, words):
+    (folder / file).write_bytes(content)
+    with launched(str(folder), *ARGUMENTS) as server:
+        started = eventually(lambda: psutil.Process(server.process.pid).children(), within_s=60)
+        assert server.process.wait(timeout=60) == 1
+        eventually(lambda: server.lines[-1].startswith("tandem: ") and words in server.lines[-1])
+        assert not any("Traceback" in line for line in server.lines)
+        eventually(lambda: not any(is_alive(process) for process in started))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_ends_the_start_with_zero(folder, number):
+    with launched(str(folder), *ARGUMENTS) as server:
+        started = eventually(lambda: psutil.Process(server.process.pid).children(), within_s=60)
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=30) == 0
+        assert not any("Traceback" in line for line in server.lines)
+        eventually(lambda: not any(is_alive(process) for process in started))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
