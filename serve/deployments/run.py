@@ -11,9 +11,13 @@ import contextlib
 import logging
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
+from serve.deployments.reaper import watch_over
 from serve.errors import ConfigError, TandemError
 from serve.options import ServeOptions
 from serve.request import ModelCard
@@ -40,6 +44,7 @@ class RayApplication:
         self._options = options
         self._ray_address = ray_address
         self._cards: list[ModelCard] = []
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> str:
         return await asyncio.to_thread(self._start)
@@ -64,7 +69,7 @@ class RayApplication:
         await asyncio.to_thread(self._drain, timeout_s)
 
     def kill(self) -> None:
-        """Ray's processes watch this one and end with it; an application on a joined cluster is deleted first."""
+        """Ray's processes end with this one (see `reaper.py`); an application on a joined cluster is deleted first."""
         import ray
         from ray import serve as ray_serve
 
@@ -95,6 +100,7 @@ class RayApplication:
                     namespace=APPLICATION,
                     logging_level=logging.WARNING,
                 )
+                self._reaper = watch_over(psutil.Process().children(recursive=True))
             else:
                 try:
                     ray.init(address=self._ray_address, namespace=APPLICATION, logging_level=logging.WARNING)

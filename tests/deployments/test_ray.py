@@ -143,6 +143,14 @@ def test_killed_replica_ends_its_streams_with_an_error_and_is_replaced(server):
     eventually(lambda: len(replicas(server)) == 2 and server.metric("tandem_replicas") == 2, within_s=90)
 
 
+def test_killed_command_leaves_no_process(server):
+    """Last of those that share the server: it ends it."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) > 8
+    server.process.kill()
+    eventually(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), within_s=30)
+
+
 def test_sigterm_leaves_nothing_behind(folder):
     with serving(str(folder), "--served-model-name", "other", "--threads", "1", timeout_s=180) as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
