@@ -94,7 +94,7 @@ _TABLE = (
         on=(COMPLETIONS,),
     ),
     _honoured("min_tokens", v.Int(0) | None, "End and stop tokens are ruled out before.", 1, by="vllm"),
-    _honoured("n", v.Int(1, 16) | None, "Choices per prompt; choice i draws from seed + i.", 2),
+    _honoured("n", v.Int(1, 128) | None, "Choices per prompt; choice i draws from seed + i.", 2),
     _honoured("stop", v.Stop, "Up to 16 strings that end a choice; not part of its text.", ["END"]),
     _honoured("stop_token_ids", v.TokenIds(128) | None, "Token ids that end a choice.", [1], by="vllm"),
     _honoured("include_stop_str_in_output", bool | None, "Keep the stop string in the text.", True, by="vllm"),

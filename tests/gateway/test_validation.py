@@ -77,7 +77,7 @@ def test_broken_json_is_400(path, name):
 BAD_VALUES = [
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True), ("temperature", [1]),
     ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("min_p", -1), ("repetition_penalty", 0),
-    ("presence_penalty", 3), ("frequency_penalty", -3), ("n", 0), ("n", 17), ("n", 10**9), ("n", "2"), ("n", True),
+    ("presence_penalty", 3), ("frequency_penalty", -3), ("n", 0), ("n", 129), ("n", 10**9), ("n", "2"), ("n", True),
     ("max_tokens", -1), ("max_tokens", "5"), ("max_tokens", 5.5), ("max_tokens", 10**30), ("max_tokens", True),
     ("min_tokens", -1), ("min_tokens", 10), ("seed", 2**64), ("seed", -(2**63) - 1), ("seed", 1.0), ("seed", "1"),
     ("stop", ""), ("stop", [""]), ("stop", ["x" * 129]), ("stop", ["x"] * 17), ("stop", 5), ("stop", [["x"]]),
