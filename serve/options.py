@@ -50,7 +50,8 @@ class ModelOptions:
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shapes, nothing read but the config."""
     threads: int | None = bounded(None, least=1, most=1024)
-    """Compute threads of one replica. None: its share of the cores (cores / replicas on this machine)."""
+    """Compute threads of one replica. None: its share of the cores (cores / replicas on this machine), but one for a
+    model of less than 30 M parameters."""
     num_replicas: int = bounded(1, least=1, most=1024)
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 TextEngine = Engine[Sequence, TokenBatch, TokenOutput]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALL_MODEL = 30_000_000
+"""Parameters below which a replica computes on one thread unless told otherwise: its operators take microseconds, so
+the gateway beside it is busy all the time, and a barrier that waits for a busy core costs more than a second thread
+brings."""
 _DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -77,6 +81,8 @@ def build_engine(
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
     model = _load(options, folder, device, progress=progress)
+    if options.threads is None and model.num_parameters < _SMALL_MODEL:
+        torch.set_num_threads(threads := 1)
 
     spec = model.spec
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
