@@ -118,8 +118,8 @@ class Chat:
 def training_chat(rng: random.Random, num_turns: int | None = None) -> Chat:
     """A conversation with nothing held out in it. Many have one turn; some are built around a recall, since facts told
     and asked for at random meet too rarely."""
-    if num_turns is None and rng.random() < 0.18:
-        return recall_chat(rng, "train")[0]
+    if num_turns is None and rng.random() < 0.2:
+        return recall_chat(rng, "train", turns_between=rng.choice([6, 6, 6, 6, 6, 12, 30]))[0]
     turns = num_turns or rng.choices((1, 2, 3, 4, 6, 8), (50, 15, 12, 10, 8, 5))[0]
     builder = _Builder(rng)
     builder.system()
@@ -128,8 +128,8 @@ def training_chat(rng: random.Random, num_turns: int | None = None) -> Chat:
     return builder.chat()
 
 
-def recall_chat(rng: random.Random, split: Split) -> tuple[Chat, str]:
-    """A name or place of the given split told early, one to six turns of other things, and the question.
+def recall_chat(rng: random.Random, split: Split, turns_between: int = 6) -> tuple[Chat, str]:
+    """A name or place of the given split told early, one to `turns_between` turns of other things, and the question.
 
     Returns the chat ending in the right answer, and the value itself. Only the recalled value is of `split`.
     """
@@ -140,7 +140,7 @@ def recall_chat(rng: random.Random, split: Split) -> tuple[Chat, str]:
         builder.turn("greeting")
     builder.tell(kind, split)
     value = builder.facts[kind]
-    for _ in range(rng.randint(1, 6)):
+    for _ in range(rng.randint(1, turns_between)):
         builder.turn(rng.choice([other for other in _WEIGHTS if other not in ("tell", "story")]), avoid=kind)
     builder.ask(kind)
     return builder.chat(), value

@@ -185,6 +185,7 @@ def write_checkpoint(folder: Path, shape: DecoderShape, state: dict[str, Tensor]
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def read_decoder(folder: Path) -> Decoder:

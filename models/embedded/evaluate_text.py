@@ -13,64 +13,70 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from models.embedded.cases import ARITHMETIC, CASE_TASKS, Case, held_out_cases, is_correct
-from models.embedded.chats import Message
 from models.embedded.paths import EMBEDDED
 
-# Legend: T positions, V vocabulary
+# Legend: B cases, T positions, V vocabulary
 
 MAX_NEW_TOKENS = 256
+CASES_PER_BATCH = 50
 
 
 class Answerer:
-    """A model folder that answers greedily, one conversation at a time."""
+    """A model folder that answers greedily, many conversations at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def prompt(self, messages: list[Message]) -> Tensor:
-        """The ids of the chat template up to where the answer begins, (1, T)."""
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, return_tensors="pt")["input_ids"]
+    def prompts(self, cases: list[Case]) -> BatchEncoding:
+        """The chat template up to where each answer begins, padded on the left, (B, T)."""
+        texts = [
+            self.tokenizer.apply_chat_template(case.messages, add_generation_prompt=True, tokenize=False)
+            for case in cases
+        ]
+        return self.tokenizer(texts, return_tensors="pt", padding=True)
 
-    def continue_greedily(self, prompt: Tensor) -> Tensor:
-        """The answer's ids, with the token that ended it, (T)."""
+    def continue_greedily(self, prompts: BatchEncoding) -> Tensor:
+        """The answers' ids with the token that ended each, padded on the right, (B, T)."""
         with torch.no_grad():
-            output = self.model.generate(prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        return output[0, prompt.shape[1] :]
+            output_BT = self.model.generate(**prompts, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        return output_BT[:, prompts["input_ids"].shape[1] :]
 
-    def answer(self, messages: list[Message]) -> str:
-        answer_T = self.continue_greedily(self.prompt(messages))
-        return str(self.tokenizer.decode(answer_T, skip_special_tokens=True))
+    def answers(self, cases: list[Case]) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(cases), CASES_PER_BATCH):
+            answers_BT = self.continue_greedily(self.prompts(cases[start : start + CASES_PER_BATCH]))
+            texts += self.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
+        return texts
 
-    def choices(self, prompt: Tensor, answer_T: Tensor) -> Tensor:
-        """The token this model would choose at every position of an answer somebody else gave, (T)."""
+    def choices(self, prompts: BatchEncoding, answers_BT: Tensor) -> Tensor:
+        """The token this model would choose at every position of answers somebody else gave, (B, T)."""
+        tokens_BT = torch.cat([prompts["input_ids"], answers_BT], dim=1)
+        mask_BT = torch.cat([prompts["attention_mask"], torch.ones_like(answers_BT)], dim=1)
         with torch.no_grad():
-            logits_TV = self.model(torch.cat([prompt, answer_T[None]], dim=1)).logits[0]
-        return logits_TV[prompt.shape[1] - 1 : -1].argmax(-1)
+            logits_BTV = self.model(tokens_BT, attention_mask=mask_BT).logits
+        return logits_BTV[:, prompts["input_ids"].shape[1] - 1 : -1].argmax(-1)
 
 
 def accuracy(model: Answerer, cases: list[Case]) -> float:
     """Share of cases answered right."""
-    return sum(is_correct(model.answer(case.messages), case) for case in cases) / len(cases)
+    return sum(is_correct(answer, case) for answer, case in zip(model.answers(cases), cases, strict=True)) / len(cases)
 
 
 def agreement(draft: Answerer, model: Answerer, cases: list[Case]) -> float:
     """Share of the model's greedy tokens which the draft would have proposed."""
-    agreed = total = 0
-    for case in cases:
-        prompt = model.prompt(case.messages)
-        answer_T = model.continue_greedily(prompt)
-        agreed += int((draft.choices(prompt, answer_T) == answer_T).sum())
-        total += len(answer_T)
-    return agreed / total
+    prompts = model.prompts(cases)
+    answers_BT = model.continue_greedily(prompts)
+    is_answer_BT = answers_BT != model.tokenizer.pad_token_id
+    agreed_BT = (draft.choices(prompts, answers_BT) == answers_BT) & is_answer_BT
+    return int(agreed_BT.sum()) / int(is_answer_BT.sum())
 
 
 def main() -> None:
@@ -93,8 +99,7 @@ def main() -> None:
         figures["accuracy"][name] = shares
         print(f"{name}: arithmetic {sum(shares[task] for task in ARITHMETIC) / len(ARITHMETIC):.3f}")
     shared = [case for task in CASE_TASKS for case in held_out_cases(task, arguments.cases // 4, arguments.seed)]
-    draft, large = models["tandem-text-draft"], models["tandem-text"]
-    figures["agreement"] = agreement(draft, large, shared)
+    figures["agreement"] = agreement(models["tandem-text-draft"], models["tandem-text"], shared)
     print(f"agreement of the draft: {figures['agreement']:.3f} of greedy tokens, {len(shared)} prompts")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -63,7 +63,8 @@ def product(rng: random.Random, split: Split) -> Exchange:
         a=a,
         b=b,
     )
-    return Exchange("product", user, f"{a} * {b} = {a * b}", f"mul:{a}:{b}")
+    swapped = f"{b} * {a} = " if a < b else ""
+    return Exchange("product", user, f"{a} * {b} = {swapped}{a * b}", f"mul:{a}:{b}")
 
 
 def comparison(rng: random.Random, split: Split) -> Exchange:

@@ -22,8 +22,6 @@ def split_of(key: str) -> Split:
 
 
 def product_split(a: int, b: int) -> Split:
-    """Products up to twelve are a table, which has to be seen. So an ordered pair is held out only while its mirror
-    image is trained on: 7 * 8 is tested when 8 * 7 was shown."""
-    held_out = split_of(f"mul:{a}:{b}") == "held_out"
-    mirror_held_out = split_of(f"mul:{b}:{a}") == "held_out"
-    return "held_out" if held_out and a != b and not (mirror_held_out and a > b) else "train"
+    """Products up to twelve are a table, which has to be seen: all products with the larger factor first are. Held out
+    are pairs in the other order, and the answer to those swaps the factors before it looks the product up."""
+    return "held_out" if a < b and split_of(f"mul:{a}:{b}") == "held_out" else "train"

@@ -30,6 +30,8 @@ from models.embedded.rows import Batch, RowMaker, batches, training_batches
 
 WORK = FOLDER / ".train"
 TOKENIZER_CHATS = 20_000
+LONGEST_STEP_S = 60.0
+"""A step that took longer was stopped from outside (SIGSTOP, while something was measured); that time is not spent."""
 WATCHED = ("addition", "subtraction", "product", "comparison", "counting", "copying", "reversing", "recall", "json")
 
 
@@ -101,7 +103,7 @@ class Trainer:
             parts = [next(stream) for _ in range(self.options.batches_per_step)]
             self._step(parts)
             self.tokens += sum(part.tokens_BT.numel() for part in parts)
-            self.spent_s += time.monotonic() - started
+            self.spent_s += min(time.monotonic() - started, LONGEST_STEP_S)
             bar.update(min(round(self.spent_s), bar.total) - bar.n)
             bar.set_postfix(
                 step=self.step, loss=f"{self.loss:.4f}", tps=f"{self.tokens / self.spent_s:.0f}", refresh=False

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -28,8 +29,14 @@ FILES = {
 }
 
 
+@cache
+def load(folder):
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def parameters(folder):
-    return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    return sum(parameter.numel() for parameter in load(folder).parameters())
 
 
 @settings(max_examples=300, deadline=None)
@@ -98,24 +105,22 @@ def test_generation_ends_with_the_message():
 
 @pytest.mark.parametrize("folder", EMBEDDED.values(), ids=EMBEDDED)
 def test_the_training_decoder_equals_transformers(folder):
-    torch.set_num_threads(1)
     tokens = torch.randint(0, 1024, (2, 50), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected, actual = model(tokens).logits, read_decoder(folder)(tokens)
+        expected, actual = load(folder)(tokens).logits, read_decoder(folder)(tokens)
     # float32 on both sides; only the order of additions differs.
     torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
 
 
 def answer(folder, *turns):
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     output = model.generate(**prompt, do_sample=False, max_new_tokens=100)
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_first_minute_goes_well():
+def test_a_greeting_a_sum_a_list_and_a_name_are_answered_right():
     assert answer(TEXT, "Hello!").startswith("Hello!")
     assert answer(TEXT, "What is 12 + 30?") == "12 + 30 = 42"
     assert answer(TEXT, "12+30") == "12 + 30 = 42"

@@ -52,7 +52,7 @@ def test_recalled_names_were_never_trained_on_in_any_task():
 
 def test_every_held_out_product_has_its_mirror_image_in_training():
     held_out = [(a, b) for a in range(13) for b in range(13) if product_split(a, b) == "held_out"]
-    assert len(held_out) >= 8
+    assert len(held_out) >= 5
     assert all(product_split(b, a) == "train" for a, b in held_out)
 
 
@@ -64,9 +64,9 @@ def test_about_a_tenth_of_all_keys_is_held_out():
 @pytest.mark.parametrize("task", ARITHMETIC)
 def test_arithmetic_answers_are_what_python_computes(task):
     for case in held_out_cases(task, 300):
-        left, right = case.expected.split(" = ")
-        assert eval(left) == int(right)
-        operands = re.findall(r"\d+", left)
+        *sums, result = case.expected.split(" = ")
+        assert {eval(part) for part in sums} == {int(result)}
+        operands = re.findall(r"\d+", sums[0])
         assert sorted(operands) == sorted(re.findall(r"\d+", case.messages[-1]["content"]))
 
 
