@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -123,7 +125,7 @@ class RayApplication:
                 logging_config=quiet,
             )
         except RuntimeError as error:
-            raise TandemError(f"start-up failed: {_deploy_error(ray_serve, error)}") from None
+            raise _deploy_error(ray_serve, error) from None
         # Serve calls deployments ready on their own; what counts is that the gateway has met every model.
         try:
             names = [model.name for model in self._options.models]
@@ -143,14 +145,20 @@ class RayApplication:
         ray.shutdown()
 
 
-def _deploy_error(ray_serve: object, error: RuntimeError) -> str:
+def _deploy_error(ray_serve: Any, error: RuntimeError) -> TandemError:
     """What the failing deployment said, instead of Serve's summary."""
+    said = str(error)
     with contextlib.suppress(Exception):
-        status = ray_serve.status().applications[APPLICATION]  # type: ignore[attr-defined]
-        messages = [deployment.message for deployment in status.deployments.values() if deployment.message]
-        if messages:
-            return "; ".join(messages)
-    return str(error)
+        status = ray_serve.status().applications[APPLICATION]
+        said = "\n".join(deployment.message for deployment in status.deployments.values()) or said
+    own = own_error(said)
+    return ConfigError(own) if own is not None else TandemError(f"start-up failed: {said}")
+
+
+def own_error(said: str) -> str | None:
+    """The message of our own error in what Serve reports of a deployment: the text of a traceback, or of several."""
+    found = re.findall(r"^serve\.errors\.\w+: (.+)$", said, re.MULTILINE)
+    return found[-1] if found else None
 
 
 @contextlib.contextmanager
