@@ -9,7 +9,7 @@ from serve.gateway.choices import Piece
 from serve.gateway.generation import Generation
 from serve.gateway.planning import Asked
 from serve.gateway.prompts import Prompt
-from serve.gateway.usage import Logprobs, usage
+from serve.gateway.usage import Logprobs, TextOffsets, usage
 from serve.gateway.wire import Envelope
 from serve.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class CompletionFormat:
             tokenizer, num_top=body.logprobs or 0, as_token_ids=bool(body.return_tokens_as_token_ids)
         )
         self._opened: set[int] = set()
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
 
     def chunks(self, piece: Piece, generation: Generation) -> list[dict[str, Any]]:
         """The chunk of one piece, or none when it has nothing to tell."""
@@ -92,15 +92,24 @@ class CompletionFormat:
             return None
         ids: list[int] = []
         entries: list[TokenLogprobs | None] = []
+        offsets: list[int] = []
         if with_prompt:
-            ids += self._prompt(index).ids
+            prompt = self._prompt(index)
+            ids += prompt.ids
             entries += generation.prompt_logprobs.get(index // self._n, ())
+            offsets += TextOffsets(self._tokenizer.detokenizer(skip_special_tokens=prompt.text is not None)).push(ids)
         for piece in pieces:
             ids += piece.token_ids
             entries += piece.logprobs
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + sum(len(self._tokenizer.token_text(token_id)) for token_id in ids)
-        return self._logprobs.completion(ids, entries, offset)
+            offsets += self._answer_offsets(index).push(piece.token_ids)
+        return self._logprobs.completion(ids, entries, offsets)
+
+    def _answer_offsets(self, index: int) -> TextOffsets:
+        """Of the choice's own tokens, behind the prompt when that is echoed."""
+        if index not in self._offsets:
+            own = self._tokenizer.detokenizer(skip_special_tokens=self._body.skip_special_tokens is not False)
+            self._offsets[index] = TextOffsets(own, len(self._echoed(index)) if self._body.echo else 0)
+        return self._offsets[index]
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index // self._n]

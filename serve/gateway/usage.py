@@ -9,6 +9,7 @@ from typing import Any
 from serve.events import TokenLogprobs
 from serve.gateway.generation import Tokens
 from serve.request import ModelCard
+from serve.text.detokenizer import Detokenizer
 from serve.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -54,16 +55,13 @@ class Logprobs:
         return {"content": content, "refusal": None}
 
     def completion(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offset: int
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """`choices[].logprobs` of completions, for tokens whose text starts at `offset`. The first token of a prompt
-        has no entry. `top_logprobs` holds the token itself too, as OpenAI's does."""
-        tokens, offsets, values, tops = [], [], [], []
+        """`choices[].logprobs` of completions. The first token of a prompt has no entry. `top_logprobs` holds the token
+        itself too, as OpenAI's does."""
+        tokens, values, tops = [], [], []
         for token_id, entry in zip(token_ids, entries):
-            text = self._token(token_id)
-            tokens.append(text)
-            offsets.append(offset)
-            offset += len(self._tokenizer.token_text(token_id))
+            tokens.append(self._token(token_id))
             values.append(None if entry is None else finite(entry.logprob))
             tops.append(None if entry is None else self._top(entry))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -96,6 +94,22 @@ class Logprobs:
 
     def _token(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_token_ids else self._tokenizer.token_text(token_id)
+
+
+class TextOffsets:
+    """Where the text of each token begins in a choice's text: tokens of one character share its place, and tokens that
+    are left out of the text take no room."""
+
+    def __init__(self, detokenizer: Detokenizer, start: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._end = start
+
+    def push(self, token_ids: Sequence[int]) -> list[int]:
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self._end)
+            self._end += len(self._detokenizer.push((token_id,)))
+        return offsets
 
 
 def finite(value: float) -> float:

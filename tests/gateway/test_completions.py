@@ -73,6 +73,22 @@ def test_the_end_token_is_counted_and_scored_and_no_text(is_stream):
     assert answers[-1]["usage"]["completion_tokens"] == 1
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("prompt", ["né 🎉!", ids("né 🎉!"), [tokenizer().token_to_id(START), *ids("é!")]])
+def test_text_offsets_point_at_the_character_a_token_belongs_to(prompt, is_stream):
+    backend = FakeBackend(reply=ids("日本 x"), end_id=tokenizer().token_to_id(END))
+    reply = ask(backend, prompt=prompt, echo=True, logprobs=0, max_tokens=40, stream=is_stream)
+    choices = [answer["choices"][0] for answer in (reply.chunks() if is_stream else [reply.json()])]
+    text = "".join(choice["text"] for choice in choices)
+    tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+    offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+    assert len(tokens) == len(offsets) and offsets == sorted(offsets) and offsets[-1] == len(text)
+    for token, offset in zip(tokens[:-1], offsets[:-1], strict=True):
+        assert "\ufffd" in token or text.startswith(token, offset)
+    last = len(text) - 1
+    assert text[last] == "x" and offsets[-2] == last
+
+
 @pytest.mark.parametrize("keeps_stop, text", [(True, "abX"), (False, "ab")])
 def test_a_stop_token_is_text_only_when_stops_are_included(keeps_stop, text):
     [stop] = ids("X")
