@@ -1,10 +1,11 @@
 """The Ray Serve application: one deployment per model, one for the hub, one for the gateways.
 
-    tandem serve --config FILE                         build_application(options)
-    serve run serve.deployments.app:build key=value    build(args)
-    serve deploy FILE  (import_path, args)             build(args)
+    tandem serve --config FILE                            build_application(options)
+    serve run serve.deployments.app:build config=FILE     build({"config": FILE})
+    serve deploy SERVE_FILE  (import_path, args)          build(args)
 
-All three give the same application; `args` are the keys of `serve/config.py`.
+All three give the same application. `args` are the keys of `serve/config.py`, or `config` alone: a file with them. The
+gateway owns its socket: where Ray Serve's own HTTP proxy runs, give one of them another port.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from ray import serve as ray_serve
 from ray.serve import Application
 
-from serve.config import parse_config
+from serve.config import load_config, parse_config
 from serve.deployments.gateway import GatewayDeployment
 from serve.deployments.hub import HubDeployment
 from serve.deployments.replica import ReplicaDeployment
@@ -32,6 +33,8 @@ SHUTDOWN_MARGIN_S = 10.0
 
 def build(args: dict[str, Any]) -> Application:
     """The application from plain data, as `serve run` and `serve deploy` call it. Raises ConfigError."""
+    if args.keys() == {"config"}:
+        return build_application(load_config(args["config"]))
     return build_application(parse_config(args, origin="args"))
 
 

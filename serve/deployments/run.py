@@ -107,7 +107,10 @@ class RayApplication:
                 try:
                     ray.init(address=self._ray_address, namespace=APPLICATION, logging_level=logging.WARNING)
                 except (ConnectionError, ValueError) as error:
-                    raise ConfigError(f"--ray-address {self._ray_address!r} cannot be joined: {error}") from None
+                    raise ConfigError(
+                        f"--ray-address {self._ray_address!r} cannot be joined: {error}; is it up? A cluster that "
+                        f"asks for a token needs RAY_AUTH_MODE=token here"
+                    ) from None
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         if self._ray_address is None:
