@@ -193,6 +193,7 @@ class LocalApplication:
             secret=base64.b64encode(self._secret).decode(),
             hub_address=hub_address,
             address=f"unix:{self._directory}/{name}",
+            directory=str(self._directory),
             model=model,
             num_replicas_here=sum(model.num_replicas for model in self._options.models),
             models=tuple(model.name for model in self._options.models),

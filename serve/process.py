@@ -12,6 +12,7 @@ import asyncio
 import base64
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -39,6 +40,8 @@ class Spec:
     hub_address: str
     address: str
     """Where a replica listens."""
+    directory: str
+    """Of the application's sockets. Removed when the parent has gone without doing so."""
     model: ModelOptions | None = None
     num_replicas_here: int = 1
     """Replicas that share this machine's cores and memory."""
@@ -68,7 +71,7 @@ def main() -> None:
     """Run what standard input asks for, until SIGTERM or the parent's end."""
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=Spec)
     configure_logging()
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(spec.directory,), name="parent-watch", daemon=True).start()
     try:
         asyncio.run(_run(spec))
     except TandemError as error:
@@ -132,7 +135,8 @@ def _report(report: Report) -> None:
     sys.stdout.buffer.flush()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(directory: str) -> None:
     while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a buffered read holds a lock that the exit needs
         pass
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -160,8 +161,11 @@ def test_children_end_with_a_killed_parent(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         children = server.children()
         assert len(children) == 2
+        [sockets] = {Path(found[1]) for line in server.lines if (found := re.search(r"address=unix:(\S+)/", line))}
+        assert sockets.is_dir()
         server.process.kill()
         eventually(lambda: not any(process.is_running() and process.status() != "zombie" for process in children))
+        eventually(lambda: not sockets.exists())
 
 
 def test_files_of_the_working_directory_are_never_imported(folder, tmp_path):
