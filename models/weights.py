@@ -88,7 +88,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in a fixed order: what the index names, or the single file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{index} is no index of weights ({error!r}); download it again") from None
         for name in names:
             if Path(name).name != name:
                 raise WeightsError(f"{index} names the file {name!r}; only files beside the index are read")

@@ -152,7 +152,7 @@ def build_engine(
         created=int(time.time()),
     )
     log.info(
-        "event=model_ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
+        "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
         *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
     )
     return engine, card

@@ -94,6 +94,13 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
         load_text_model(file.parent, device=CPU)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_broken_index_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"index\.json is no index of weights"):
+        weight_files(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("../../etc/passwd", "only files beside"), ("absent.safetensors", "not there")]
 )
