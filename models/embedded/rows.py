@@ -94,7 +94,7 @@ class RowMaker:
 
     def plain_row(self, rng: random.Random) -> Row:
         """Text without a chat around it, for completion: a sum after its equals sign, a story from its first words."""
-        if rng.random() < 0.07:
+        if rng.random() < 0.15:
             return self._swapped_factors(rng)
         (task,) = rng.choices(["addition", "subtraction", "product", "story"], [20, 62, 17, 1])
         answer = TASKS[task](rng, "train").answer
@@ -107,7 +107,8 @@ class RowMaker:
 
     def _swapped_factors(self, rng: random.Random) -> Row:
         """Factors beyond the table, swapped: swapping becomes a habit, not a part of each product learnt by heart."""
-        a, b = rng.randint(13, 99), rng.randint(13, 99)
+        a, b = rng.randint(13, 99), rng.choice([rng.randint(0, 9), rng.randint(0, 99)])
+        a, b = (a, b) if rng.random() < 0.5 else (b, a)
         head_ids, rest_ids = self.encode(f"{a} * {b} ="), self.encode(f" {b} * {a}")
         return Row(head_ids + rest_ids, [0.0] * len(head_ids) + [1.0] * len(rest_ids))
 
