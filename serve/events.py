@@ -1,6 +1,6 @@
-"""What a backend answers: frozen, plain values. A stream is lists of events, ended by one `Finished` per choice.
+"""What a backend answers: frozen, plain values. A stream is lists of events, ended by one `Finished` per choice or image.
 
-Ids only: the gateway makes text of them.
+Text comes as token ids, which the gateway turns into text; images come as the bytes of a PNG, JPEG or WebP file.
 """
 
 from __future__ import annotations
@@ -51,8 +51,39 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
+class DenoiseProgress:
+    """`step` of `num_steps` denoise steps of image `index` are done. A slow reader gets only the latest."""
+
+    index: int
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreview:
+    """An estimate of the finished image (the model's x0 at this step, decoded) as an encoded file."""
+
+    index: int
+    number: int
+    """0-based, of the request's `num_previews`."""
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    """The finished image `index` as an encoded file. Its `Finished` follows."""
+
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one choice, the end token included. `cached_tokens` of the prompt were found in the prefix cache."""
+    """Tokens of one choice, the end token included. `cached_tokens` of the prompt were found in the prefix cache.
+
+    Of an image: the prompt's text tokens, and the latent tokens (patches) that its transformer sees in one row.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -61,7 +92,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of choice `index`, exactly once."""
+    """The last event of choice or image `index`, exactly once."""
 
     index: int
     reason: FinishReason
@@ -73,4 +104,4 @@ class Finished:
     """Of that token, when asked for: clients that score answers count on one entry a sampled token."""
 
 
-Event = TokenDelta | PromptScored | Finished
+Event = TokenDelta | PromptScored | Finished | DenoiseProgress | ImagePreview | ImageReady

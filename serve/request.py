@@ -1,7 +1,8 @@
 """What is asked of a backend: frozen, plain values, safe to send to another process.
 
-Text is token ids here. The gateway turns text into ids once (`serve/text/tokenizer.py`) and ids back into text, so stop
-strings, chat templates and JSON never reach an engine.
+Text requests hold token ids. The gateway turns text into ids once (`serve/text/tokenizer.py`) and ids back into text, so
+stop strings, chat templates and JSON never reach an engine. Image requests hold their prompt as text: each diffusion
+model has text encoders, with tokenizers, of its own.
 """
 
 from __future__ import annotations
@@ -67,8 +68,59 @@ class TextRequest:
     """Prefixes are shared only between requests of equal salt (the tenant)."""
 
 
-Request = TextRequest
-"""What a `Backend` takes. Image requests join this union."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRequest:
+    """Generate `n` images of `prompt`. Image i draws its noise from `seed + i`. Every value is concrete: who accepts a
+    request fills in the model's defaults (`ModelCard.image`), so that a replay is exact and answers can echo them."""
+
+    request_id: str
+    model: str
+    prompt: str
+    """For a class-conditional model the name or the number of a class."""
+    width: int
+    height: int
+    """Pixels."""
+    num_inference_steps: int
+    guidance_scale: float
+    """Classifier-free guidance (Ho and Salimans, 2022); at 1 or below there is none and a step costs one row."""
+    solver: str
+    seed: int
+    negative_prompt: str = ""
+    n: int = 1
+    num_previews: int = 0
+    """Estimates of the finished image to send on the way, spread evenly over the steps."""
+    output_format: str = "png"
+    """"png", "jpeg" or "webp"."""
+    output_compression: int = 100
+    """Quality of JPEG and WebP in percent; PNG has no loss."""
+    priority: int = 0
+    timeout_s: float | None = None
+    """From acceptance to the last image; None: no deadline."""
+
+
+Request = TextRequest | ImageRequest
+"""What a `Backend` takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What an image model can be asked for, and what it does when not told."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    """Defaults; width and height in pixels."""
+    size_multiple: int
+    """Width and height are multiples of this."""
+    max_pixels: int
+    max_steps: int
+    solvers: tuple[str, ...]
+    """The first is the model's own."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """The only (width, height) there are; empty: any within the limits above."""
+    has_guidance: bool = True
+    """Whether the model computes guidance; without it `guidance_scale` and `negative_prompt` are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +135,6 @@ class ModelCard:
     device: str
     dtype: str
     num_parameters: int
-    max_model_len: int
-    """Positions of one sequence, prompt and output together."""
-    kv_cache_tokens: int
-    vocab_size: int
     threads: int
     """Compute threads of the replica's process."""
     load_s: float
@@ -94,3 +142,11 @@ class ModelCard:
     aliases: tuple[str, ...] = field(default=())
     created: int = 0
     """Unix seconds."""
+    max_model_len: int = 0
+    """Text: positions of one sequence, prompt and output together."""
+    kv_cache_tokens: int = 0
+    """Text."""
+    vocab_size: int = 0
+    """Text."""
+    image: ImageLimits | None = None
+    """Of an image model."""

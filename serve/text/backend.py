@@ -16,7 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.stream import Stream
 from serve.errors import InvalidRequest, TandemError
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
-from serve.request import ModelCard, Request
+from serve.request import ModelCard, Request, TextRequest
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
 
@@ -42,6 +42,8 @@ class TextBackend:
 
     async def submit(self, request: Request) -> EventStream:
         """All choices or none: if one is refused, those accepted before it are cancelled."""
+        if not isinstance(request, TextRequest):
+            raise InvalidRequest(f"{self._card.name} is a text model; ask an image model for images", param="model")
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; ask for at least one choice", param="n")
         choices: list[Choice] = []
@@ -66,7 +68,7 @@ class TextBackend:
     async def aclose(self) -> None:
         await asyncio.to_thread(self._engine.close)  # it waits for the step that is running
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
+    def _sequence(self, request: TextRequest, index: int) -> Sequence:
         """The serial number makes the id unique: two requests may well come with the same id."""
         return Sequence(
             id=f"{request.request_id}/{next(self._serial)}",
