@@ -1,21 +1,23 @@
 """The fast path on CPU: gather the blocks a group of sequences needs into one reused buffer, then torch's flash kernel.
 
-A layer's cache is [blocks, block, 2, K, H], so one copy of a block brings keys and values of all heads (64 KB for Qwen3
-0.6B). Decodes are batched: sequences of similar length share one gather and one kernel call, small enough that the
-copy stays in the cache of the processor; the G query heads of a key head are rows of one product. A prefill chunk is
-computed sequence by sequence in tiles of queries, each against the keys its last row sees. Fresh memory is never asked
-for: with new pages every step the gather costs six times more (50 against 8 ms for 39 MB, one thread, AMD EPYC).
+A layer's cache is [blocks, 2, K, block, H]: the gather copies runs of one head's positions (4 KB for Qwen3 0.6B) and
+lays them one after the other, so that the kernel finds each head's keys and values as one matrix. With the heads inside
+the positions it had to step over the others' rows: 14 against 9 ms for a layer of 32 decodes over 576 positions (two
+threads, Intel Xeon with AMX). Decodes are batched: sequences of similar length share one gather and one kernel call;
+the G query heads of a key head are rows of one product. A prefill chunk is computed sequence by sequence in tiles of
+queries, each against the keys its last row sees. Fresh memory is never asked for: with new pages every step the gather
+costs six times more (50 against 8 ms for 39 MB, one thread, AMD EPYC).
 
 Decodes that begin with the same blocks (a common prompt) attend those once, all their queries in one product, and each
 its own rest; the two parts are joined by their log-sum-exp (as cascade attention, Ye et al., FlashInfer 2024). With 32
-sequences of 544 positions, 512 of them common, a layer took 2 ms instead of 18 (Qwen3 0.6B, bfloat16, two threads).
+sequences of 544 positions, 512 of them common, the common part is read once instead of 32 times.
 The joined result is rounded differently in its last bit: in float32 1e-7, in bfloat16 as much as another chunking.
 
 Key lengths are padded to a multiple of 16 and masked. With that a decode's bits do not depend on how far its mates pad
 it in bfloat16, and in float32 almost never (MKL picks its kernels by size and alignment; then they differ by 1e-7).
 
 Legend: T tokens of the step, S decoding sequences, L positions (padded), N query heads, K key/value heads, G = N / K,
-H head dimension.
+H head dimension, R runs (one head's keys or values in one block).
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ import torch
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.dense import attend_dense
 
-_GROUP_BYTES = 1 << 20
-"""Keys and values gathered at once for decodes, per thread: stays in the second-level cache between the copy and its
-use. Of 128 KB to 8 MB, 1 MB was best or within 5 % for four geometries; 8 MB cost up to half more."""
+_GROUP_BYTES = 4 << 20
+"""Keys and values gathered at once for decodes, per thread. More calls cost more than a copy that leaves the
+second-level cache (2 MB a core): of 0.6 to 19 MB, 4.7 MB was best or within 5 % for four geometries; the ends cost a
+third more."""
 _TILE = 256
 """Queries of a prefill tile. Bounds the masked half of the square that is computed in vain."""
 _ALIGN = 16
@@ -54,8 +57,8 @@ class _Decodes:
     rows_S: torch.Tensor | slice
     """Their rows among the tokens of the step."""
     num_sequences: int
-    blocks: torch.Tensor
-    """Block ids, the same number for each sequence."""
+    runs_R: torch.Tensor
+    """Keys of all sequences, then values; the same number of blocks for each."""
     mask_S11L: torch.Tensor
 
 
@@ -64,8 +67,8 @@ class _Family:
     """Decodes that begin with the same blocks."""
 
     rows_S: torch.Tensor
-    common: torch.Tensor
-    """The blocks all begin with."""
+    common_R: torch.Tensor
+    """Of the blocks all begin with."""
     rests: list[_Decodes]
     """What each has beyond them; rows count within the family."""
 
@@ -76,7 +79,7 @@ class _Chunk:
 
     start: int
     stop: int
-    blocks: torch.Tensor
+    runs_R: torch.Tensor
     masks: list[torch.Tensor]
     """One per tile: [queries, L], 0 where a query sees a key, -inf elsewhere."""
 
@@ -84,7 +87,9 @@ class _Chunk:
 @dataclass(frozen=True, slots=True)
 class _Plan:
     layout: TokenLayout
-    slots_T: torch.Tensor
+    keys_TK: torch.Tensor
+    values_TK: torch.Tensor
+    """Where the new ones go, counted in rows of one head and position."""
     fresh: torch.Tensor | None
     """Blocks first written in this step and not filled by it. What an earlier owner left in their tails is masked, but
     0 * NaN is NaN: they are cleared, so that no sequence can poison a later one."""
@@ -99,29 +104,28 @@ class CpuAttention:
         self._spec = spec
         self._num_heads = num_heads
         self._num_groups = num_heads // spec.num_kv_heads
-        self._block_values = 2 * spec.block_size * spec.num_kv_heads * spec.head_dim
+        self._run_values = spec.block_size * spec.head_dim
+        self._block_bytes = 2 * spec.num_kv_heads * self._run_values * spec.dtype.itemsize
         self._blocks_multiple = _ALIGN // gcd(_ALIGN, spec.block_size)
-        self._scratch = torch.empty(0, self._block_values, dtype=spec.dtype)
-        # A lone query row is a matrix-vector product, for which MKL has a fast kernel in float32 only: 32 sequences of
-        # 300 positions with 12 heads of 64 took 20 ms in bfloat16 and 8 in float32.
-        self._widens = self._num_groups == 1 and spec.dtype != torch.float32
-        self._wide = torch.empty(0, self._block_values)
+        self._scratch = torch.empty(0, self._run_values, dtype=spec.dtype)
 
     def allocate(self, num_blocks: int) -> list[torch.Tensor]:
         spec = self._spec
-        shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
+        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         return [_untouched_zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
 
     def plan(self, layout: TokenLayout) -> _Plan:
-        size = self._spec.block_size
-        slots: list[int] = []
+        size, num_heads = self._spec.block_size, self._spec.num_kv_heads
+        rows: list[int] = []
         fresh: list[int] = []
         for num_new, start, table in zip(layout.num_new, layout.num_computed, layout.block_tables, strict=True):
             length = start + num_new
-            slots += [table[position // size] * size + position % size for position in range(start, length)]
+            stride = 2 * num_heads * size
+            rows += [table[position // size] * stride + position % size for position in range(start, length)]
             if length % size and (length // size) * size >= start:
                 fresh.append(table[length // size])
-        return _Plan(layout, torch.tensor(slots), torch.tensor(fresh) if fresh else None)
+        keys_TK = torch.tensor(rows)[:, None] + torch.arange(0, num_heads * size, size)
+        return _Plan(layout, keys_TK, keys_TK + num_heads * size, torch.tensor(fresh) if fresh else None)
 
     def attend(
         self,
@@ -137,43 +141,40 @@ class CpuAttention:
     ) -> torch.Tensor:
         if plan.fresh is not None:
             kv.index_fill_(0, plan.fresh, 0)
-        by_slot = kv.flatten(0, 1)
-        by_slot[:, 0].index_copy_(0, plan.slots_T, k_TKH)
-        by_slot[:, 1].index_copy_(0, plan.slots_T, v_TKH)
+        rows = kv.view(-1, self._spec.head_dim)
+        rows.index_copy_(0, plan.keys_TK.view(-1), k_TKH.reshape(-1, self._spec.head_dim))
+        rows.index_copy_(0, plan.values_TK.view(-1), v_TKH.reshape(-1, self._spec.head_dim))
         if window not in plan.work:
             plan.work[window] = self._work(plan.layout, window, may_share=softcap is None)
         families, decodes, chunks = plan.work[window]
-        by_block = kv.view(-1, self._block_values)
+        runs = kv.view(-1, self._run_values)
         if len(decodes) == 1 and not chunks and not families:
-            return self._decode(q_TNH, by_block, decodes[0], scale, softcap)
+            return self._decode(q_TNH, runs, decodes[0], scale, softcap)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         for family in families:
-            out_TNH[family.rows_S] = self._decode_family(q_TNH[family.rows_S], by_block, family, scale)
+            out_TNH[family.rows_S] = self._decode_family(q_TNH[family.rows_S], runs, family, scale)
         for group in decodes:
-            out_TNH[group.rows_S] = self._decode(q_TNH[group.rows_S], by_block, group, scale, softcap)
+            out_TNH[group.rows_S] = self._decode(q_TNH[group.rows_S], runs, group, scale, softcap)
         for chunk in chunks:
             rows = slice(chunk.start, chunk.stop)
-            self._prefill(q_TNH[rows], by_block, chunk, scale, softcap, out_TNH[rows])
+            self._prefill(q_TNH[rows], runs, chunk, scale, softcap, out_TNH[rows])
         return out_TNH
 
     def _decode(
-        self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes, scale: float, softcap: float | None
+        self, q_SNH: torch.Tensor, runs: torch.Tensor, group: _Decodes, scale: float, softcap: float | None
     ) -> torch.Tensor:
-        q_SKGH, keys, values = self._operands(q_SNH, by_block, group)
+        q_SKGH, keys, values = self._operands(q_SNH, runs, group)
         if softcap is None:
             out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
         else:
             out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
         return out_SKGH.reshape(q_SNH.shape).to(self._spec.dtype)
 
-    def _decode_family(
-        self, q_SNH: torch.Tensor, by_block: torch.Tensor, family: _Family, scale: float
-    ) -> torch.Tensor:
+    def _decode_family(self, q_SNH: torch.Tensor, runs: torch.Tensor, family: _Family, scale: float) -> torch.Tensor:
         """The common positions once for all, each one's rest, and the two joined in float32."""
         spec, num, groups = self._spec, len(family.rows_S), self._num_groups
         q_SKGH = q_SNH.view(num, spec.num_kv_heads, groups, spec.head_dim)
-        gathered = self._gather(by_block, family.common)
-        keys, values = gathered.view(1, -1, 2, spec.num_kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
+        keys, values = self._gather(runs, family.common_R, 1)
         q_1KRH = q_SKGH.transpose(0, 1).reshape(1, spec.num_kv_heads, num * groups, spec.head_dim)
         out_1KRH, lse_1KR = _flash(q_1KRH, keys, values, 0.0, False, scale=scale)
         common_SKGH = out_1KRH.view(spec.num_kv_heads, num, groups, spec.head_dim).transpose(0, 1).float()
@@ -181,36 +182,31 @@ class CpuAttention:
         joined_SKGH = torch.empty_like(common_SKGH)
         for rest in family.rests:
             rows = rest.rows_S
-            q_RKGH, keys, values = self._operands(q_SNH[rows], by_block, rest)
+            q_RKGH, keys, values = self._operands(q_SNH[rows], runs, rest)
             out_RKGH, lse_RKG = _flash(q_RKGH, keys, values, 0.0, False, attn_mask=rest.mask_S11L, scale=scale)
             share_RKG1 = torch.sigmoid(lse_RKG - lse_SKG[rows]).unsqueeze(-1)
             joined_SKGH[rows] = torch.lerp(common_SKGH[rows], out_RKGH.float(), share_RKG1)
         return joined_SKGH.reshape(q_SNH.shape).to(spec.dtype)
 
     def _operands(
-        self, q_SNH: torch.Tensor, by_block: torch.Tensor, group: _Decodes
+        self, q_SNH: torch.Tensor, runs: torch.Tensor, group: _Decodes
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [S, K, G, H] and a group's gathered keys and values [S, K, L, H]."""
         spec, num = self._spec, group.num_sequences
-        gathered = self._gather(by_block, group.blocks)
-        if self._widens:
-            q_SNH, gathered = q_SNH.float(), self._widen(gathered)
-        keys, values = gathered.view(num, -1, 2, spec.num_kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
-        return q_SNH.view(num, spec.num_kv_heads, self._num_groups, spec.head_dim), keys, values
+        keys, values = self._gather(runs, group.runs_R, num)
+        return q_SNH.reshape(num, spec.num_kv_heads, self._num_groups, spec.head_dim), keys, values
 
     def _prefill(
         self,
         q_TNH: torch.Tensor,
-        by_block: torch.Tensor,
+        runs: torch.Tensor,
         chunk: _Chunk,
         scale: float,
         softcap: float | None,
         out_TNH: torch.Tensor,
     ) -> None:
         """Fill `out_TNH`."""
-        spec = self._spec
-        kv_L2KH = self._gather(by_block, chunk.blocks).view(-1, 2, spec.num_kv_heads, spec.head_dim)
-        keys, values = kv_L2KH.permute(1, 2, 0, 3).unsqueeze(1)
+        keys, values = self._gather(runs, chunk.runs_R, 1)
         start = 0
         for mask_TL in chunk.masks:
             num, length = mask_TL.shape
@@ -225,18 +221,18 @@ class CpuAttention:
             out_TNH[start : start + num] = out_1NTH[0].transpose(0, 1)
             start += num
 
-    def _gather(self, by_block: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """The blocks one after the other, in the buffer that every call reuses."""
-        num = blocks.shape[0]
-        if self._scratch.shape[0] < num:
-            self._scratch = torch.empty(num, self._block_values, dtype=self._spec.dtype)
-        return torch.index_select(by_block, 0, blocks, out=self._scratch[:num])
+    def _gather(self, runs: torch.Tensor, runs_R: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num, K, L, H], in the buffer that every call reuses."""
+        if self._scratch.shape[0] < len(runs_R):
+            self._scratch = torch.empty(len(runs_R), self._run_values, dtype=self._spec.dtype)
+        gathered = torch.index_select(runs, 0, runs_R, out=self._scratch[: len(runs_R)])
+        keys, values = gathered.view(2, num, self._spec.num_kv_heads, -1, self._spec.head_dim)
+        return keys, values
 
-    def _widen(self, gathered: torch.Tensor) -> torch.Tensor:
-        num = gathered.shape[0]
-        if self._wide.shape[0] < num:
-            self._wide = torch.empty(num, self._block_values)
-        return self._wide[:num].copy_(gathered)
+    def _runs(self, block_ids: np.ndarray) -> torch.Tensor:
+        """Runs of these blocks [sequences, blocks] in the order of a gather: keys and values, sequence, head, block."""
+        of_block = np.arange(2 * self._spec.num_kv_heads).reshape(2, 1, -1, 1)
+        return torch.from_numpy((block_ids[None, :, None] * of_block.size + of_block).reshape(-1))
 
     def _work(
         self, layout: TokenLayout, window: int | None, *, may_share: bool
@@ -252,8 +248,8 @@ class CpuAttention:
                 self._group(part, lengths, places, layout, window, num_common)
                 for part in self._split(members, lengths, window, num_common)
             ]
-            common = torch.tensor(layout.block_tables[members[0]][:num_common])
-            families.append(_Family(torch.tensor([starts[index] for index in members]), common, rests))
+            common_R = self._runs(np.array([layout.block_tables[members[0]][:num_common]]))
+            families.append(_Family(torch.tensor([starts[index] for index in members]), common_R, rests))
         decodes = [
             self._group(members, lengths, starts, layout, window) for members in self._split(decoding, lengths, window)
         ]
@@ -290,7 +286,7 @@ class CpuAttention:
         length when one does not do."""
         if not decoding:
             return []
-        limit = max(1, _GROUP_BYTES * torch.get_num_threads() // (self._block_values * self._spec.dtype.itemsize))
+        limit = max(1, _GROUP_BYTES * torch.get_num_threads() // self._block_bytes)
         sizes = {index: self._span(lengths[index], 1, window, num_common)[1] for index in decoding}
         if len(decoding) * max(sizes.values()) <= limit:
             return [decoding]
@@ -337,8 +333,8 @@ class CpuAttention:
         return _Decodes(
             rows_S=slice(start, start + len(members)) if in_order else torch.tensor([starts[i] for i in members]),
             num_sequences=len(members),
-            blocks=torch.tensor(ids),
-            mask_S11L=mask_SL[:, None, None].float() if self._widens else mask_SL[:, None, None],
+            runs_R=self._runs(np.array(ids).reshape(len(members), most)),
+            mask_S11L=mask_SL[:, None, None],
         )
 
     def _chunk(self, start: int, num_new: int, length: int, table: Sequence[int], window: int | None) -> _Chunk:
@@ -352,7 +348,7 @@ class CpuAttention:
             seen = end - first * size
             positions_1L = np.arange(seen + -seen % _ALIGN)[None] + first * size
             masks.append(self._mask(np.arange(begin, end)[:, None], positions_1L, window))
-        return _Chunk(start, start + num_new, torch.tensor(ids), masks)
+        return _Chunk(start, start + num_new, self._runs(np.array([ids])), masks)
 
     def _mask(self, queries: np.ndarray, keys: np.ndarray, window: int | None) -> torch.Tensor:
         """0 where the query position sees the key position, -inf elsewhere."""
