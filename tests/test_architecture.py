@@ -32,11 +32,16 @@ FORBIDDEN = {
     "serve/text/tokenizer.py": ("torch", "transformers", "models"),
     "serve/text/detokenizer.py": ("torch", "transformers", "models"),
     "serve/text/chat_template.py": ("torch", "transformers", "models"),
+    "serve/image/": ("serve.text", "serve.gateway", "serve.deployments"),
+    "serve/image/scheduler.py": ("torch", "models"),
+    "serve/image/trajectory.py": ("torch", "models"),
+    "serve/image/limits.py": ("torch", "models"),
     "loadtest/": ("fastapi", "ray"),
 }
 TORCH_FREE = (
     "serve.engine.engine",
     "serve.text.scheduler",
+    "serve.image.scheduler",
     "serve.text.tokenizer",
     "serve.gateway.app",
     "serve.gateway.gateway",
