@@ -6,9 +6,7 @@ Whatever a user can get wrong ends here as a `ConfigError` that says what to cha
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from models.registry import ModelError, load_text_model
 from models.source import SourceError, kind_of, resolve
 from models.text.base import CausalLM
 from models.weights import WeightsError
+from serve.compute import choose_device, choose_dtype, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
@@ -38,11 +37,6 @@ log = logging.getLogger(__name__)
 
 TextEngine = Engine[Sequence, TokenBatch, TokenOutput]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SMALL_MODEL = 30_000_000
-"""Parameters below which a replica computes on one thread unless told otherwise: its operators take microseconds, so
-the gateway beside it is busy all the time, and a barrier that waits for a busy core costs more than a second thread
-brings."""
 _DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -81,8 +75,7 @@ def build_engine(
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
     model = _load(options, folder, device, progress=progress)
-    if options.threads is None and model.num_parameters < _SMALL_MODEL:
-        torch.set_num_threads(threads := 1)
+    threads = settle_threads(options, threads, model.num_parameters)
 
     spec = model.spec
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
@@ -147,7 +140,7 @@ def build_engine(
         kv_cache_tokens=size.num_blocks * options.block_size,
         vocab_size=spec.vocab_size,
         threads=threads,
-        load_s=_process_age_s(since=started),
+        load_s=process_age_s(since=started),
         aliases=options.served_model_name[1:],
         created=int(time.time()),
     )
@@ -170,43 +163,13 @@ def resolve_text_model(options: ModelOptions) -> Path:
     return folder
 
 
-def choose_device(options: ModelOptions) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise ConfigError(
-            f"device is 'cuda', but this torch ({torch.__version__}) finds no CUDA device; use device 'cpu' or 'auto', "
-            f"or install a CUDA build of torch and a driver",
-            param="device",
-        )
-    if options.device == "cpu" or not has_cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def set_threads(options: ModelOptions, num_replicas_here: int) -> int:
-    """This process's compute threads: as asked for, else its share of the cores.
-
-    More threads than cores cost a scheduler's time slice at every operator's barrier: with one busy neighbour on two
-    cores each two-threaded operator took 8.4 ms, whatever its size.
-    """
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = options.threads or max(1, num_cores // num_replicas_here)
-    torch.set_num_threads(threads)
-    with contextlib.suppress(RuntimeError):  # settable once a process; nothing here uses those threads
-        torch.set_num_interop_threads(1)
-    return threads
-
-
 def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress: bool) -> CausalLM:
-    dtype = _DTYPES.get(options.dtype)
-    if dtype is None and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     bar = LoadProgress(options.name) if progress else None
     try:
         return load_text_model(
             folder,
             device=device,
-            dtype=dtype,
+            dtype=choose_dtype(options, device),
             load_format=options.load_format,
             max_model_len=options.max_model_len,
             progress=bar,
@@ -220,13 +183,3 @@ def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress
     finally:
         if bar is not None:
             bar.close()
-
-
-def _process_age_s(since: float) -> float:
-    """Seconds since this process started; since `since` (monotonic) where the system does not tell."""
-    try:
-        with open("/proc/self/stat", encoding="ascii") as file:
-            started_ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError):
-        return time.monotonic() - since

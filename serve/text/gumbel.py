@@ -16,7 +16,7 @@ from enum import IntEnum
 
 import torch
 
-from serve.text.transfer import to_device
+from serve.transfer import to_device
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.events import TokenLogprobs
-from serve.text.transfer import to_host
+from serve.transfer import to_host
 
 
 @dataclass(slots=True)

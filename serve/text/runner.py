@@ -25,7 +25,7 @@ from serve.text.cuda_graph import DecodeGraphs
 from serve.text.logprobs import Scores, score
 from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
-from serve.text.transfer import to_device, to_host
+from serve.transfer import to_device, to_host
 
 _SCORED_AT_ONCE = 1 << 24
 """Logits held at once while a prompt is scored: 64 MiB of float32."""

@@ -26,7 +26,7 @@ from serve.request import SamplingParams
 from serve.text.gumbel import GumbelNoise, row_key
 from serve.text.logprobs import Scores, score
 from serve.text.sequence import PENDING, Row, Sequence
-from serve.text.transfer import copy_to_device, to_device
+from serve.transfer import copy_to_device, to_device
 
 _CPU_BLOCK = 1 << 16
 """Elements worked on at once on CPU: 256 KiB of float32, and as much again for the noise, fit a core's L2 cache."""

@@ -11,12 +11,13 @@ import torch
 from tiny import tiny_folder
 
 from models.attention.base import KVCacheSpec
+from serve import compute
+from serve.compute import choose_device, set_threads
 from serve.errors import ConfigError
 from serve.events import Event
 from serve.options import ModelOptions
 from serve.request import SamplingParams, TextRequest
-from serve.text import build
-from serve.text.build import build_engine, build_text, choose_device, set_threads
+from serve.text.build import build_engine, build_text
 from serve.text.cache_size import choose_cache_size, cpu_cache_bytes, free_memory_bytes
 from serve.text.load_progress import LoadProgress
 
@@ -126,8 +127,8 @@ def test_cuda_without_a_device_is_refused_and_auto_takes_the_cpu():
 
 
 def test_replicas_share_the_cores_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(build.os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(build.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(compute.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(compute.torch, "set_num_threads", lambda n: None)
     assert set_threads(options(threads=None), 1) == 8
     assert set_threads(options(threads=None), 3) == 2
     assert set_threads(options(threads=None), 100) == 1
