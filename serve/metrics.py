@@ -113,6 +113,15 @@ METRICS: dict[str, Metric] = {
             "tandem_e2e_request_latency_seconds", "histogram",
             "From the request's head to its last byte, at the gateway.", LATENCY_S,
         ),
+        _gateway(
+            "tandem_images_total", "counter", "Images of accepted requests, by how they ended.",
+            labels={"model": None, "outcome": OUTCOMES},
+        ),
+        _gateway("tandem_image_steps_total", "counter", "Denoise steps of images, unfinished ones too."),
+        _gateway(
+            "tandem_time_to_first_preview_seconds", "histogram",
+            "From the request's head to its first preview of an image, at the gateway.", LATENCY_S,
+        ),
         _gateway("tandem_http_requests_in_flight", "gauge", "HTTP requests being answered.", labels={}),
         _replica("tandem_requests_running", "gauge", "Jobs in the running batch."),
         _replica("tandem_requests_waiting", "gauge", "Accepted jobs that wait for their first or next step."),

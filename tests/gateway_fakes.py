@@ -1,7 +1,7 @@
 """A backend without a model, and a gateway over it: for tests of everything between HTTP and replicas.
 
 `FakeBackend` answers with the tokens it is given, one list of events whenever its stream is read: a step. `gate` makes
-the steps wait, `fail_after` and `refusal` make it fail.
+the steps wait, `fail_after` and `refusal` make it fail. `gateway_image_fakes.py` has its sibling that draws.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve.gateway.drain import Drain
 from serve.gateway.pool import Pool
 from serve.metrics import Recorder, render
 from serve.options import GatewayOptions
-from serve.request import ModelCard, TextRequest
+from serve.request import ModelCard, Request, TextRequest
 from serve.wire import ReplicaEntry
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -70,8 +70,8 @@ def card(name: str = "tiny", **fields: Any) -> ModelCard:
     return ModelCard(name=name, **{**values, **fields})
 
 
-def entry(replica_id: str, model: str = "tiny", address: str = "memory") -> ReplicaEntry:
-    return ReplicaEntry(replica_id=replica_id, model=model, kind="text", address=address)
+def entry(replica_id: str, model: str = "tiny", address: str = "memory", kind: str = "text") -> ReplicaEntry:
+    return ReplicaEntry(replica_id=replica_id, model=model, kind=kind, address=address)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class FakeBackend:
     """The token that ends a reply shorter than `max_tokens`; told as engines tell it."""
     gate: asyncio.Event | None = None
     """Steps wait for it."""
-    requests: list[TextRequest] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
     num_cancelled: int = 0
     num_closed: int = 0
@@ -100,7 +100,11 @@ class FakeBackend:
     def bundle(self) -> dict[str, bytes]:
         return bundle()
 
-    async def submit(self, request: TextRequest) -> EventStream:
+    def script(self, request: Any) -> list[list[Event]]:
+        """All events of a request, one list a step."""
+        return _script(self, request, list(self.reply(request) if callable(self.reply) else self.reply))
+
+    async def submit(self, request: Request) -> EventStream:
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
@@ -122,10 +126,9 @@ class FakeBackend:
 class FakeStream:
     """One accepted request."""
 
-    def __init__(self, backend: FakeBackend, request: TextRequest) -> None:
+    def __init__(self, backend: FakeBackend, request: Request) -> None:
         self._backend = backend
-        reply = backend.reply(request) if callable(backend.reply) else backend.reply
-        self._events = self._script(request, list(reply))
+        self._events = backend.script(request)
         self._num_read = 0
 
     def __aiter__(self) -> FakeStream:
@@ -152,30 +155,30 @@ class FakeStream:
             self._backend.open.discard(self)
             self._backend.num_cancelled += 1
 
-    def _script(self, request: TextRequest, reply: list[int]) -> list[list[Event]]:
-        """All events, one list a step."""
-        sampling, size = request.sampling, self._backend.tokens_per_step
-        kept = reply[: sampling.max_tokens]
-        reason = FinishReason.LENGTH if len(reply) >= sampling.max_tokens else FinishReason.STOP
-        end_id = self._backend.end_id if reason is FinishReason.STOP else None
-        num_sampled = len(kept) + (end_id is not None)
-        usage = Usage(len(request.prompt_token_ids), num_sampled, self._backend.num_cached)
-        is_scored = end_id is not None and sampling.logprobs is not None
-        end_logprobs = scored(end_id, sampling.logprobs) if is_scored else None
-        steps: list[list[Event]] = []
-        for start in range(0, len(kept), size):
-            new = tuple(kept[start : start + size])
-            logprobs = tuple(scored(token_id, sampling.logprobs) for token_id in new)
-            cached = self._backend.num_cached if start == 0 else None
-            told = logprobs if sampling.logprobs is not None else None
-            steps.append([TokenDelta(index, new, told, num_cached=cached) for index in range(request.n)])
-        steps = steps or [[]]
-        if request.prompt_logprobs is not None:
-            rest = request.prompt_token_ids[1:]
-            entries = (None, *(scored(token_id, request.prompt_logprobs) for token_id in rest))
-            steps[0].insert(0, PromptScored(entries))
-        steps[-1] += [Finished(index, reason, usage, end_id, end_logprobs) for index in range(request.n)]
-        return steps
+
+def _script(backend: FakeBackend, request: TextRequest, reply: list[int]) -> list[list[Event]]:
+    sampling, size = request.sampling, backend.tokens_per_step
+    kept = reply[: sampling.max_tokens]
+    reason = FinishReason.LENGTH if len(reply) >= sampling.max_tokens else FinishReason.STOP
+    end_id = backend.end_id if reason is FinishReason.STOP else None
+    num_sampled = len(kept) + (end_id is not None)
+    usage = Usage(len(request.prompt_token_ids), num_sampled, backend.num_cached)
+    is_scored = end_id is not None and sampling.logprobs is not None
+    end_logprobs = scored(end_id, sampling.logprobs) if is_scored else None
+    steps: list[list[Event]] = []
+    for start in range(0, len(kept), size):
+        new = tuple(kept[start : start + size])
+        logprobs = tuple(scored(token_id, sampling.logprobs) for token_id in new)
+        cached = backend.num_cached if start == 0 else None
+        told = logprobs if sampling.logprobs is not None else None
+        steps.append([TokenDelta(index, new, told, num_cached=cached) for index in range(request.n)])
+    steps = steps or [[]]
+    if request.prompt_logprobs is not None:
+        rest = request.prompt_token_ids[1:]
+        entries = (None, *(scored(token_id, request.prompt_logprobs) for token_id in rest))
+        steps[0].insert(0, PromptScored(entries))
+    steps[-1] += [Finished(index, reason, usage, end_id, end_logprobs) for index in range(request.n)]
+    return steps
 
 
 def scored(token_id: int, num_top: int | None) -> TokenLogprobs:
@@ -217,7 +220,7 @@ async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[
         return by_id[entry.replica_id]
 
     pool = Pool(connect)
-    pool.update([entry(replica.replica_id, replica.card.name) for replica in replicas])
+    pool.update([entry(replica.replica_id, replica.card.name, kind=replica.card.kind) for replica in replicas])
     await joined(pool, len(replicas))
     drain, recorder = Drain(), Recorder("gateway-0", "gateway")
 
@@ -256,8 +259,11 @@ class Reply:
 
     def data(self) -> list[str]:
         """The payloads of the server-sent events."""
-        lines = self.body.decode().split("\n\n")
-        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        return [line.removeprefix("data: ") for line in self.body.decode().split("\n") if line.startswith("data: ")]
+
+    def names(self) -> list[str]:
+        """The names of the server-sent events that have one."""
+        return [line.removeprefix("event: ") for line in self.body.decode().split("\n") if line.startswith("event: ")]
 
     def chunks(self) -> list[Any]:
         return [json.loads(text) for text in self.data() if text != "[DONE]"]

@@ -28,6 +28,7 @@ from serve.options import GatewayOptions
 _SCHEMAS: dict[str, type[BaseModel]] = {
     "ChatCompletionRequest": schemas.ChatCompletionRequest,
     "CompletionRequest": schemas.CompletionRequest,
+    "ImageGenerationRequest": schemas.ImageGenerationRequest,
     "TokenizeRequest": schemas.TokenizeRequest,
     "DetokenizeRequest": schemas.DetokenizeRequest,
 }

@@ -9,11 +9,11 @@ from typing import Any
 
 from serve.errors import InvalidRequest
 from serve.gateway.choices import Piece
-from serve.gateway.generation import Generation
 from serve.gateway.planning import Asked
 from serve.gateway.prompts import Prompt
+from serve.gateway.text_generation import TextGeneration
+from serve.gateway.text_wire import Envelope
 from serve.gateway.usage import Logprobs, usage
-from serve.gateway.wire import Envelope
 from serve.text.tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ class ChatFormat:
         self._opening = (last.content or "") if body.echo and last.role == "assistant" else ""
         self._opened: set[int] = set()
 
-    def chunks(self, piece: Piece, generation: Generation) -> list[dict[str, Any]]:
+    def chunks(self, piece: Piece, generation: TextGeneration) -> list[dict[str, Any]]:
         """The chunks of one piece. A piece without text gives none, unless something else is to be told."""
         chunks = []
         if piece.index not in self._opened:
@@ -61,7 +61,7 @@ class ChatFormat:
             chunks.append(finish)
         return chunks
 
-    def whole(self, pieces: dict[int, list[Piece]], generation: Generation) -> dict[str, Any]:
+    def whole(self, pieces: dict[int, list[Piece]], generation: TextGeneration) -> dict[str, Any]:
         """The answer, from all pieces by choice."""
         choices = []
         for index, own in sorted(pieces.items()):

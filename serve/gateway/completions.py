@@ -6,11 +6,11 @@ from typing import Any
 
 from serve.events import TokenLogprobs
 from serve.gateway.choices import Piece
-from serve.gateway.generation import Generation
 from serve.gateway.planning import Asked
 from serve.gateway.prompts import Prompt
+from serve.gateway.text_generation import TextGeneration
+from serve.gateway.text_wire import Envelope
 from serve.gateway.usage import Logprobs, TextOffsets, usage
-from serve.gateway.wire import Envelope
 from serve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -43,7 +43,7 @@ class CompletionFormat:
         self._opened: set[int] = set()
         self._offsets: dict[int, TextOffsets] = {}
 
-    def chunks(self, piece: Piece, generation: Generation) -> list[dict[str, Any]]:
+    def chunks(self, piece: Piece, generation: TextGeneration) -> list[dict[str, Any]]:
         """The chunk of one piece, or none when it has nothing to tell."""
         is_first = piece.index not in self._opened
         self._opened.add(piece.index)
@@ -64,7 +64,7 @@ class CompletionFormat:
                 choice["prompt_token_ids"] = self._prompt(piece.index).ids
         return [{**self._envelope.chunk(), "choices": [choice]}]
 
-    def whole(self, pieces: dict[int, list[Piece]], generation: Generation) -> dict[str, Any]:
+    def whole(self, pieces: dict[int, list[Piece]], generation: TextGeneration) -> dict[str, Any]:
         """The answer, from all pieces by choice."""
         choices = []
         for index, own in sorted(pieces.items()):
@@ -86,7 +86,7 @@ class CompletionFormat:
         return {**self._envelope.answer(), "choices": choices, "usage": usage(generation.tokens())}
 
     def _choice_logprobs(
-        self, index: int, pieces: list[Piece], generation: Generation, with_prompt: bool
+        self, index: int, pieces: list[Piece], generation: TextGeneration, with_prompt: bool
     ) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None

@@ -25,10 +25,9 @@ class RequestContext:
     """Metric label; None for routes that are not counted (health, docs)."""
     model: str | None = None
     """The served model's own name, once it is known."""
-    num_prompt_tokens: int | None = None
-    num_output_tokens: int = 0
-    first_token: float | None = None
     is_accepted: bool = False
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the log tells of the work, by name; times end in _s."""
     error: BaseException | None = None
     """Why it failed, when it did; also for failures after the 200."""
 

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from serve.gateway.errors import STATUS
-from serve.gateway.fields import FIELDS, Field, Use
+from serve.gateway.field import PATHS, Field, Use
+from serve.gateway.fields import FIELDS
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -21,7 +22,12 @@ td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; }
 tr { border-bottom: 1px solid color-mix(in srgb, currentColor 15%, transparent); }
 .method { font-weight: 700; } .refused { opacity: .65; }
 """
-_PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_TABLES = {path: FIELDS[endpoint] for endpoint, path in PATHS.items()}
+_HEADERS = (
+    ("authorization", "Bearer KEY, when the server has keys."),
+    ("x-request-id", "Names the request in logs and answers: up to 128 letters, digits and . _ : -"),
+    ("x-request-timeout", "Seconds for the whole answer, like the field timeout, which wins when both are given."),
+)
 
 
 def docs_page(openapi: dict[str, Any]) -> str:
@@ -32,7 +38,7 @@ def docs_page(openapi: dict[str, Any]) -> str:
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
             body.append(_operation(path, method, operation, openapi))
-    body.append(_errors())
+    body += [_headers(), _errors()]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Tandem API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -43,13 +49,18 @@ def docs_page(openapi: dict[str, Any]) -> str:
 def _operation(path: str, method: str, operation: dict[str, Any], openapi: dict[str, Any]) -> str:
     parts = [f'<h2><span class="method">{method.upper()}</span> <code>{escape(path)}</code></h2>']
     parts.append(f"<p>{escape(operation.get('summary', ''))}</p>")
-    if path in _PATHS:
-        parts.append(_fields(FIELDS[_PATHS[path]]))
+    if path in _TABLES:
+        parts.append(_fields(_TABLES[path]))
     elif "requestBody" in operation:
         name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
         schema = openapi["components"]["schemas"][name]
         parts.append(f"<pre>{escape(json.dumps(schema['properties'], indent=2))}</pre>")
     return "".join(parts)
+
+
+def _headers() -> str:
+    rows = [f"<tr><td><code>{name}</code></td><td>{escape(note)}</td></tr>" for name, note in _HEADERS]
+    return f"<h2>Headers</h2><table><tr><th>Header</th><th>Meaning</th></tr>{''.join(rows)}</table>"
 
 
 def _errors() -> str:

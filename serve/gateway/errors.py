@@ -138,9 +138,10 @@ def answer(error: BaseException) -> Answer:
     return Answer(status.status, known.code, msgspec.json.encode(_payload(known, status.type)), headers)
 
 
-def error_event(error: BaseException) -> bytes:
-    """The same error as the last event of a stream that has already begun."""
-    return b"data: " + answer(error).body + b"\n\n"
+def error_event(error: BaseException, name: str | None = None) -> bytes:
+    """The same error as the last event of a stream that has already begun. `name`: of streams whose events have one."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + answer(error).body + b"\n\n"
 
 
 def _status_of(error: TandemError) -> _Status:

@@ -1,10 +1,10 @@
 """One generation as an HTTP answer, from acceptance to the last byte; closes everything whoever ends it.
 
-    work    prepare → submit (awaited) → 200, pieces as they come, [DONE]      or one JSON answer
+    work    prepare → submit (awaited) → 200, events as pieces come, the ending      or one JSON answer
     watch   the client's disconnect, and heartbeats while the stream is silent
 
 The 200 goes out with the first bytes, so whatever fails before them is a plain HTTP error. After them a failure is one
-`error` event and no [DONE]. A client that leaves, a drain that runs out and a deadline all end `work` by cancelling it,
+error event and no ending. A client that leaves, a drain that runs out and a deadline all end `work` by cancelling it,
 and its `finally` closes the streams: that is what cancels the jobs.
 """
 
@@ -14,25 +14,24 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import DeadlineExceeded, TandemError
-from serve.gateway.choices import Piece
 from serve.gateway.context import RequestContext
 from serve.gateway.drain import Drain
-from serve.gateway.errors import ClientGone, answer, error_event
-from serve.gateway.generation import Generation
-from serve.gateway.telemetry import Telemetry
-from serve.gateway.usage import usage
-from serve.gateway.wire import DONE, HEARTBEAT, Envelope, Format, encode_json, event
+from serve.gateway.errors import ClientGone, answer
+from serve.gateway.prepared import Ready
+from serve.gateway.wire import HEARTBEAT
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """The engine enforces deadlines; when it does not answer at all, the gateway does this much later."""
+WRITE_BYTES = 256 << 10
+"""Written at once. The server's time for a slow reader holds for each write, so a large image is many."""
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -41,27 +40,16 @@ _STREAM_HEADERS = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request ready to be submitted."""
-
-    generation: Generation
-    format: Format
-    envelope: Envelope
-    num_prompt_tokens: int
-    timeout_s: float
-
-
 class Exchange(Response):
     """An ASGI response that does the work itself, so that one place sees the client, the jobs and the drain."""
 
     def __init__(
         self,
-        prepare: Callable[[], Awaitable[Prepared]],
+        prepare: Callable[[], Awaitable[Ready]],
         *,
         is_stream: bool,
+        timeout_s: float,
         context: RequestContext,
-        telemetry: Telemetry,
         drain: Drain,
         heartbeat_s: float,
     ) -> None:
@@ -69,10 +57,11 @@ class Exchange(Response):
         self.status_code = 200
         self._prepare = prepare
         self._is_stream = is_stream
+        self._timeout_s = timeout_s
         self._context = context
-        self._telemetry = telemetry
         self._drain = drain
         self._heartbeat_s = heartbeat_s
+        self._prepared: Ready | None = None
         self._work: asyncio.Task[None] | None = None
         self._cause: TandemError | None = None
         self._has_started = False
@@ -90,12 +79,17 @@ class Exchange(Response):
             watch.cancel()
             self._work.cancel()
             await asyncio.gather(watch, self._work, return_exceptions=True)
-        if self._work.cancelled():
-            error: BaseException | None = self._cause or ClientGone("the server cancelled the request")
-        else:
-            error = self._work.exception()
+            error = self._failure()
+            if self._prepared is not None and self._context.is_accepted:
+                self._prepared.meter.ended(error)
         if error is not None:
             await self._fail(error, send)
+
+    def _failure(self) -> BaseException | None:
+        """Why the work failed, once it is done."""
+        if self._work is None or self._work.cancelled():
+            return self._cause or ClientGone("the server cancelled the request")
+        return self._work.exception()
 
     def _abort(self, error: TandemError) -> None:
         """End the work with `error`; the first cause counts."""
@@ -104,35 +98,29 @@ class Exchange(Response):
             self._work.cancel()
 
     async def _answer(self, send: Send) -> None:
-        prepared = await self._prepare()
+        prepared = self._prepared = await self._prepare()
         generation = prepared.generation
-        late = DeadlineExceeded(f"the request took longer than {prepared.timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(prepared.timeout_s + GRACE_S, self._abort, late)
+        late = DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s")
+        timer = asyncio.get_running_loop().call_later(self._timeout_s + GRACE_S, self._abort, late)
+        collected: list[Any] = []
         try:
             await generation.start()
-            self._telemetry.accepted(self._context, prepared.num_prompt_tokens)
-            stopwatch = self._telemetry.stopwatch(self._context)
-            try:
-                async with aclosing(generation.pieces()) as batches:
+            self._context.is_accepted = True
+            prepared.meter.accepted()
+            async with aclosing(generation.pieces()) as batches:
+                async for pieces in batches:
+                    prepared.meter.saw(pieces)
                     if self._is_stream:
-                        async for pieces in batches:
-                            stopwatch.saw(pieces)
-                            await self._write(send, _events(pieces, prepared))
+                        await self._write(send, await prepared.format.events(pieces))
                     else:
-                        collected: dict[int, list[Piece]] = {}
-                        async for pieces in batches:
-                            stopwatch.saw(pieces)
-                            for piece in pieces:
-                                collected.setdefault(piece.index, []).append(piece)
-            finally:
-                stopwatch.stop(generation.tokens())
+                        collected += pieces
         finally:
             timer.cancel()
             await generation.aclose()
         if self._is_stream:
-            await self._write(send, _ending(prepared), is_last=True)
+            await self._write(send, prepared.format.ending(), is_last=True)
         else:
-            await self._send_json(send, encode_json(prepared.format.whole(collected, generation)))
+            await self._send_json(send, await prepared.format.whole(collected))
 
     async def _watch(self, receive: Receive, send: Send) -> None:
         while True:
@@ -149,7 +137,7 @@ class Exchange(Response):
                 return
 
     async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
-        if not data:
+        if not data and not is_last:
             return
         async with self._writing:
             if self._is_over:
@@ -159,7 +147,7 @@ class Exchange(Response):
             if not self._has_started:
                 self._has_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            await _send_body(send, data, is_last=is_last)
 
     async def _send_json(
         self, send: Send, body: bytes, status: int = 200, headers: tuple[tuple[str, str], ...] = ()
@@ -168,7 +156,7 @@ class Exchange(Response):
         fields += [(name.encode(), value.encode()) for name, value in headers]
         self._has_started = True
         await send({"type": "http.response.start", "status": status, "headers": fields})
-        await send({"type": "http.response.body", "body": body})
+        await _send_body(send, body, is_last=True)
 
     async def _fail(self, error: BaseException, send: Send) -> None:
         self._context.error = error
@@ -176,26 +164,14 @@ class Exchange(Response):
             log.error("request failed id=%s", self._context.request_id, exc_info=error)
         if isinstance(error, ClientGone):
             return
-        if self._has_started and self._is_stream:
-            await self._write(send, error_event(error), is_last=True)
+        if self._has_started and self._is_stream and self._prepared is not None:
+            await self._write(send, self._prepared.format.failure(error), is_last=True)
         elif not self._has_started:
             failed = answer(error)
             await self._send_json(send, failed.body, failed.status, failed.headers)
 
 
-def _events(pieces: list[Piece], prepared: Prepared) -> bytes:
-    """The server-sent events of one engine step."""
-    chunks = [chunk for piece in pieces for chunk in prepared.format.chunks(piece, prepared.generation)]
-    if prepared.envelope.has_running_usage:
-        so_far = usage(prepared.generation.tokens())
-        chunks = [{**chunk, "usage": so_far} for chunk in chunks]
-    elif prepared.envelope.has_usage:
-        chunks = [{**chunk, "usage": None} for chunk in chunks]
-    return b"".join(map(event, chunks))
-
-
-def _ending(prepared: Prepared) -> bytes:
-    if not prepared.envelope.has_usage:
-        return DONE
-    last = {**prepared.envelope.chunk(), "choices": [], "usage": usage(prepared.generation.tokens())}
-    return event(last) + DONE
+async def _send_body(send: Send, data: bytes, *, is_last: bool) -> None:
+    for start in range(0, max(1, len(data)), WRITE_BYTES):
+        more = not is_last or start + WRITE_BYTES < len(data)
+        await send({"type": "http.response.body", "body": data[start : start + WRITE_BYTES], "more_body": more})

@@ -21,14 +21,14 @@ from serve.gateway.auth import Hosts, Keys
 from serve.gateway.context import RequestContext
 from serve.gateway.drain import Drain
 from serve.gateway.errors import BodyTooLarge, ClientGone, ClientTooSlow, UnsupportedMediaType, answer
+from serve.gateway.field import PATHS
 from serve.gateway.telemetry import Telemetry, log_request
 from serve.options import GatewayOptions
 
 log = logging.getLogger(__name__)
 
 ENDPOINTS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
+    **{path: endpoint for endpoint, path in PATHS.items()},
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/v1/models": "models",

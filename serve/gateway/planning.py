@@ -15,8 +15,9 @@ from typing import Any
 
 from serve.errors import InvalidRequest
 from serve.gateway.choices import Choice, TextOptions
-from serve.gateway.generation import Part
 from serve.gateway.prompts import Prompt, max_tokens_of, room_for
+from serve.gateway.service import Caller
+from serve.gateway.text_generation import Part
 from serve.request import ModelCard, SamplingParams, TextRequest
 from serve.text.tokenizer import Tokenizer
 
@@ -41,14 +42,6 @@ class Asked:
     """None: what is left of the context."""
     logprobs: int | None
     prompt_logprobs: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
-    """Who asks, and how long a request may take."""
-
-    tenant: str
-    max_timeout_s: float
 
 
 def plan(
@@ -80,8 +73,8 @@ def plan(
                 n=per_part,
                 prompt_logprobs=asked.prompt_logprobs,
                 priority=-(body.priority or 0),
-                timeout_s=min(body.timeout or caller.max_timeout_s, caller.max_timeout_s),
-                cache_salt=_salt(caller.tenant, body.cache_salt),
+                timeout_s=caller.timeout_s,
+                cache_salt=_salt(caller.context.tenant, body.cache_salt),
             )
             parts.append(Part(request, number, tuple(Choice(index, tokenizer, options) for index in indices)))
     return parts

@@ -22,12 +22,13 @@ from serve.errors import (
     ModelNotFound,
     Overloaded,
     ReplicaLost,
+    RequestFailed,
     TandemError,
     Unavailable,
 )
 from serve.events import Event
 from serve.gateway.routing import Candidate, Router
-from serve.request import ModelCard, TextRequest
+from serve.request import ModelCard, Request
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry
 
@@ -69,7 +70,8 @@ class _Model:
     """What is remembered of a model, also while none of its replicas lives."""
 
     card: ModelCard
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None for models that take text as it is."""
     digest: bytes = field(default=b"")
 
 
@@ -81,15 +83,15 @@ class Pool:
         self._router = router or Router()
         self._members: dict[str, _Member] = {}
         self._models: dict[str, _Model] = {}
-        self._expected: set[str] = set()
-        """Models the hub names, connected or not."""
+        self._expected: dict[str, str] = {}
+        """Models the hub names, connected or not, and their kind."""
         self._closing: set[asyncio.Task[None]] = set()
         self._joined = asyncio.Event()
 
     def update(self, entries: Sequence[ReplicaEntry]) -> None:
         """The hub's list: connect to new replicas, drop the others once their streams have ended."""
         named = {entry.replica_id: entry for entry in entries}
-        self._expected |= {entry.model for entry in entries}
+        self._expected |= {entry.model: entry.kind for entry in entries}
         for replica_id, member in list(self._members.items()):
             if named.get(replica_id) != member.entry:
                 self._drop(member)
@@ -113,26 +115,33 @@ class Pool:
         """The models known here, by name."""
         return [self._models[name].card for name in sorted(self._models)]
 
-    def find(self, name: str | None) -> ModelCard:
-        """The model of that name or alias; without a name the only one. Raises ModelNotFound, InvalidRequest."""
+    def find(self, name: str | None, kind: str | None = None) -> ModelCard:
+        """The model of that name or alias; without a name the only one. `kind`: only "text" or "image".
+
+        Raises ModelNotFound, InvalidRequest, Unavailable."""
+        known = [model.card for model in self._models.values() if kind in (None, model.card.kind)]
         if name is None:
-            if len(self._models) == 1:
-                return next(iter(self._models.values())).card
-            if not self._models:
-                raise Unavailable("no model is ready yet; try again soon")
-            raise InvalidRequest(f"model is required; served are {self._names()}", param="model")
+            return self._only(known, kind)
         for model in self._models.values():
             if name == model.card.name or name in model.card.aliases:
+                if model.card not in known:
+                    raise InvalidRequest(
+                        f"{model.card.name} makes {model.card.kind}, this endpoint {kind}; it takes {_names(known)}",
+                        param="model",
+                    )
                 return model.card
         if name in self._expected or not self._models:
             raise Unavailable("the model is not ready yet; try again soon")
-        raise ModelNotFound(f"there is no such model here; served are {self._names()}", param="model")
+        raise ModelNotFound(f"there is no such model here; served are {_names(known)}", param="model")
 
     def tokenizer(self, model: str) -> Tokenizer:
-        """The tokenizer of a model `find` has returned."""
-        return self._models[model].tokenizer
+        """The tokenizer of a text model `find` has returned."""
+        tokenizer = self._models[model].tokenizer
+        if tokenizer is None:
+            raise RequestFailed(f"the replica of {model} has sent no tokenizer")
+        return tokenizer
 
-    async def submit(self, request: TextRequest) -> EventStream:
+    async def submit(self, request: Request) -> EventStream:
         """Return once a replica has accepted. Raises what the last replica refused with, Overloaded before others."""
         member, stream = await self._place(request)
         return _Stream(self, member, stream, request)
@@ -142,7 +151,7 @@ class Pool:
             self._drop(member, now=True)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _place(self, request: TextRequest) -> tuple[_Member, EventStream]:
+    async def _place(self, request: Request) -> tuple[_Member, EventStream]:
         able = {
             member.entry.replica_id: member
             for member in self._members.values()
@@ -188,13 +197,14 @@ class Pool:
         log.info("replica joined id=%s model=%s", entry.replica_id, entry.model)
 
     async def _learn(self, name: str, remote: Remote) -> _Model:
-        """Card and tokenizer of the replica's model; the tokenizer is built anew only when its files differ."""
+        """Card and tokenizer (if any) of the replica's model; a tokenizer is built anew only when its files differ."""
         files = dict(remote.bundle)
         digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in sorted(files))).digest()
         known = self._models.get(name)
         if known is not None and known.digest == digest:
             return _Model(remote.card, known.tokenizer, digest)
-        return _Model(remote.card, await asyncio.to_thread(Tokenizer, TokenizerBundle(files)), digest)
+        tokenizer = await asyncio.to_thread(Tokenizer, TokenizerBundle(files)) if files else None
+        return _Model(remote.card, tokenizer, digest)
 
     def _lost(self, member: _Member) -> None:
         """The connection ended. The hub may name the replica for a while yet: try to get it back."""
@@ -225,8 +235,14 @@ class Pool:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _names(self) -> str:
-        return ", ".join(repr(name) for name in sorted(self._models)) or "none"
+    def _only(self, known: Sequence[ModelCard], kind: str | None) -> ModelCard:
+        if len(known) == 1:
+            return known[0]
+        if known:
+            raise InvalidRequest(f"model is required; served are {_names(known)}", param="model")
+        if not self._models or kind in {self._expected[name] for name in self._expected.keys() - self._models.keys()}:
+            raise Unavailable("no model is ready yet; try again soon")
+        raise ModelNotFound(f"no {kind} model is served here", param="model")
 
     def ended(self, member: _Member) -> None:
         """One of the member's streams has ended."""
@@ -238,7 +254,7 @@ class Pool:
 class _Stream:
     """A placed request. Goes to another replica once when its own is lost before the first event."""
 
-    def __init__(self, pool: Pool, member: _Member, stream: EventStream, request: TextRequest) -> None:
+    def __init__(self, pool: Pool, member: _Member, stream: EventStream, request: Request) -> None:
         self._pool = pool
         self._member: _Member | None = member
         self._stream = stream
@@ -287,3 +303,7 @@ def _is_up(member: _Member) -> bool:
 def _candidate(member: _Member) -> Candidate:
     load = member.remote.load() if member.remote is not None else None
     return Candidate(member.entry.replica_id, load or Load(), member.num_open)
+
+
+def _names(cards: Sequence[ModelCard]) -> str:
+    return ", ".join(sorted(repr(card.name) for card in cards)) or "none"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.gateway import context, schemas
+from serve.gateway.image_endpoint import ImageEndpoint
 from serve.gateway.prompts import encode_chat, encode_text
-from serve.gateway.service import CHAT, COMPLETIONS, Service
+from serve.gateway.service import Service
+from serve.gateway.text_endpoint import CHAT, COMPLETIONS, TextEndpoint
 from serve.gateway.wire import encode_json
 from serve.request import ModelCard
 
@@ -18,8 +21,11 @@ LONG_TOKENS = 4096
 
 
 def api_routes(service: Service) -> APIRouter:
-    """Models, chat, completions, tokenize, detokenize."""
+    """Models, chat, completions, images, tokenize, detokenize."""
     router = APIRouter()
+    pool, recorder = service.pool, service.telemetry.recorder
+    chat, completions = TextEndpoint(CHAT, pool, recorder), TextEndpoint(COMPLETIONS, pool, recorder)
+    images = ImageEndpoint(pool, recorder)
 
     @router.get("/v1/models", tags=["models"], summary="The served models")
     async def list_models() -> Response:
@@ -42,18 +48,27 @@ def api_routes(service: Service) -> APIRouter:
         openapi_extra=_body("ChatCompletionRequest"),
     )
     async def chat_completions(http: Request) -> Response:
-        return service.generate(http, schemas.parse_chat(await http.body()), CHAT)
+        return service.generate(http, schemas.parse_chat(await http.body()), chat)
 
     @router.post("/v1/completions", tags=["text"], summary="Continue texts", openapi_extra=_body("CompletionRequest"))
     async def text_completions(http: Request) -> Response:
-        return service.generate(http, schemas.parse_completion(await http.body()), COMPLETIONS)
+        return service.generate(http, schemas.parse_completion(await http.body()), completions)
+
+    @router.post(
+        "/v1/images/generations",
+        tags=["images"],
+        summary="Draw images",
+        openapi_extra=_body("ImageGenerationRequest"),
+    )
+    async def image_generations(http: Request) -> Response:
+        return service.generate(http, schemas.parse_image(await http.body()), images)
 
     @router.post(
         "/tokenize", tags=["tokens"], summary="Text or messages to token ids", openapi_extra=_body("TokenizeRequest")
     )
     async def tokenize(http: Request) -> Response:
         body = schemas.parse_tokenize(await http.body())
-        card = service.text_model(body.model)
+        card = service.pool.find(body.model, "text")
         context.of(http.scope).model = card.name
         tokenizer = service.pool.tokenizer(card.name)
         if body.prompt is not None:
@@ -70,7 +85,7 @@ def api_routes(service: Service) -> APIRouter:
     @router.post("/detokenize", tags=["tokens"], summary="Token ids to text", openapi_extra=_body("DetokenizeRequest"))
     async def detokenize(http: Request) -> Response:
         body = schemas.parse_detokenize(await http.body())
-        card = service.text_model(body.model)
+        card = service.pool.find(body.model, "text")
         context.of(http.scope).model = card.name
         tokenizer = service.pool.tokenizer(card.name)
         if body.tokens and max(body.tokens) >= card.vocab_size:
@@ -88,19 +103,10 @@ def _json(value: Any) -> Response:
 
 
 def _entries(card: ModelCard) -> list[dict[str, Any]]:
-    """OpenAI's Model, for the name and every alias; vLLM's `root` and `max_model_len` beside it."""
-    return [
-        {
-            "id": name,
-            "object": "model",
-            "created": card.created,
-            "owned_by": "tandem",
-            "root": card.name,
-            "parent": None,
-            "max_model_len": card.max_model_len,
-        }
-        for name in (card.name, *card.aliases)
-    ]
+    """OpenAI's Model, for the name and every alias; beside it vLLM's `root`, the kind, and what it can be asked for."""
+    shared = {"object": "model", "created": card.created, "owned_by": "tandem", "root": card.name, "parent": None}
+    asked_for = {"max_model_len": card.max_model_len} if card.image is None else {"image": asdict(card.image)}
+    return [{"id": name, **shared, "kind": card.kind, **asked_for} for name in (card.name, *card.aliases)]
 
 
 def _body(schema: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from serve.backend import Load
-from serve.request import TextRequest
+from serve.request import Request, TextRequest
 
 BLOCK_TOKENS = 64
 MAX_BLOCKS = 64
@@ -45,7 +45,7 @@ class Router:
         """Chained hash of leading blocks → replica, least recently used first."""
         self._turn = 0
 
-    def rank(self, request: TextRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+    def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Best first. Equal ones take turns."""
         if len(candidates) == 1:
             return list(candidates)
@@ -56,7 +56,7 @@ class Router:
         limit = 2 * ranked[0].busy + MAX_EXCESS
         return sorted(ranked, key=lambda candidate: candidate.replica_id != holder or candidate.busy > limit)
 
-    def record(self, request: TextRequest, replica_id: str) -> None:
+    def record(self, request: Request, replica_id: str) -> None:
         """`replica_id` has accepted the request and will hold its prefix."""
         for block in _chain(request):
             self._holder[block] = replica_id
@@ -68,7 +68,7 @@ class Router:
         """The replica is gone, and its cache with it."""
         self._holder = OrderedDict(item for item in self._holder.items() if item[1] != replica_id)
 
-    def _find(self, request: TextRequest) -> str | None:
+    def _find(self, request: Request) -> str | None:
         """The replica that last computed the longest known prefix."""
         holder = None
         for block in _chain(request):
@@ -79,8 +79,12 @@ class Router:
         return holder
 
 
-def _chain(request: TextRequest) -> Iterator[int]:
-    """Chained hashes of the prompt's full leading blocks. Salted like the cache: other tenants share nothing."""
+def _chain(request: Request) -> Iterator[int]:
+    """Chained hashes of the prompt's full leading blocks. Salted like the cache: other tenants share nothing.
+
+    Only text leaves something behind that a later request can use."""
+    if not isinstance(request, TextRequest):
+        return
     ids = request.prompt_token_ids
     parent = hash((request.model, request.cache_salt))
     for start in range(0, min(len(ids), MAX_BLOCKS * BLOCK_TOKENS) - BLOCK_TOKENS + 1, BLOCK_TOKENS):

@@ -1,4 +1,4 @@
-"""From the bytes of a body to a checked request: strict JSON, then the table of `fields.py`, then pydantic.
+"""From the bytes of a body to a checked request: strict JSON, then the tables of `fields.py`, then pydantic.
 
 Error texts name the field and say what to do. They show numbers but never strings of the request: prompt text, perhaps.
 """
@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from serve.errors import InvalidRequest
 from serve.gateway import values as v
-from serve.gateway.fields import CHAT, COMPLETIONS, FIELDS, Use
+from serve.gateway.field import CHAT, COMPLETIONS, IMAGES, PATHS, Use
+from serve.gateway.fields import FIELDS
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt"}
-_PATHS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions"}
+_REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt", IMAGES: "prompt"}
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -41,6 +41,7 @@ def _model(name: str, endpoint: str) -> type[BaseModel]:
 
 ChatCompletionRequest = _model("ChatCompletionRequest", CHAT)
 CompletionRequest = _model("CompletionRequest", COMPLETIONS)
+ImageGenerationRequest = _model("ImageGenerationRequest", IMAGES)
 
 
 class TokenizeRequest(BaseModel):
@@ -74,6 +75,11 @@ def parse_chat(body: bytes) -> Any:
 def parse_completion(body: bytes) -> Any:
     """A CompletionRequest. Raises InvalidRequest."""
     return _validate(CompletionRequest, _from_table(parse_object(body), COMPLETIONS))
+
+
+def parse_image(body: bytes) -> Any:
+    """An ImageGenerationRequest. Raises InvalidRequest."""
+    return _validate(ImageGenerationRequest, _from_table(parse_object(body), IMAGES))
 
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
@@ -136,7 +142,7 @@ def _from_table(data: dict[str, Any], endpoint: str) -> dict[str, Any]:
         entry = table.get(name)
         if entry is None:
             elsewhere = next((other for other in FIELDS if name in FIELDS[other]), None)
-            hint = f"{name} belongs to {_PATHS[elsewhere]}" if elsewhere else _unknown(name, list(table))
+            hint = f"{name} belongs to {PATHS[elsewhere]}" if elsewhere else _unknown(name, list(table))
             raise InvalidRequest(hint, param=_safe_name(name))
         if entry.use is not Use.REFUSED:
             kept[name] = value

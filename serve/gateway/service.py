@@ -1,46 +1,47 @@
-"""What the routes share: the collaborators of one gateway, and how a text request is answered."""
+"""What the routes share: the collaborators of one gateway, and how a request for any kind of model is answered."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
 from serve.errors import InvalidRequest
-from serve.gateway import chat, completions, context
+from serve.gateway import context
+from serve.gateway.context import RequestContext
 from serve.gateway.drain import Drain
-from serve.gateway.exchange import Exchange, Prepared
-from serve.gateway.generation import Generation
-from serve.gateway.planning import Asked, Caller, plan
+from serve.gateway.exchange import Exchange
 from serve.gateway.pool import Pool
-from serve.gateway.prompts import Prompt, chat_prompts, completion_prompts
+from serve.gateway.prepared import Ready
 from serve.gateway.telemetry import Telemetry
-from serve.gateway.usage import fingerprint
-from serve.gateway.wire import Envelope, Format
 from serve.options import GatewayOptions
-from serve.request import ModelCard
-from serve.text.tokenizer import Tokenizer
+
+TIMEOUT_HEADER = "x-request-timeout"
+MAX_TIMEOUT_S = 86400
+_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,6})?")
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where chat and completions differ."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks, and how long the request may take."""
 
-    prompts: Callable[[Any, ModelCard, Tokenizer], Awaitable[tuple[Prompt, ...]]]
-    asked: Callable[[Any], Asked]
-    format: Callable[[Any, tuple[Prompt, ...], Tokenizer, Envelope], Format]
-    prefix: str
-    object: str
-    chunk_object: str
+    context: RequestContext
+    timeout_s: float
 
 
-CHAT = Endpoint(chat_prompts, chat.asked, chat.ChatFormat, "chatcmpl-", "chat.completion", "chat.completion.chunk")
-COMPLETIONS = Endpoint(
-    completion_prompts, completions.asked, completions.CompletionFormat, "cmpl-", "text_completion", "text_completion"
-)
+class Endpoint(Protocol):
+    """A route that generates."""
+
+    @property
+    def kind(self) -> str:
+        """Of the models it takes."""
+        ...
+
+    async def prepare(self, body: Any, card: Any, caller: Caller) -> Ready:
+        """A checked body as what is to be submitted. Raises InvalidRequest."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,47 +54,32 @@ class Service:
     drain: Drain
 
     def generate(self, http: Request, body: Any, endpoint: Endpoint) -> Exchange:
-        """The answer to a checked chat or completions body."""
+        """The answer to a checked body. Raises InvalidRequest for a header that is wrong."""
         about = context.of(http.scope)
+        caller = Caller(context=about, timeout_s=self._timeout_s(http, body))
 
-        async def prepare() -> Prepared:
-            card = self.text_model(body.model)
+        async def prepare() -> Ready:
+            card = self.pool.find(body.model, endpoint.kind)
             about.model = card.name
-            tokenizer = self.pool.tokenizer(card.name)
-            prompts = await endpoint.prompts(body, card, tokenizer)
-            caller = Caller(tenant=about.tenant, max_timeout_s=self.options.default_timeout_s)
-            parts = plan(body, prompts, endpoint.asked(body), card, tokenizer, caller)
-            shows = body.stream_options
-            envelope = Envelope(
-                id=endpoint.prefix + (body.request_id or about.request_id),
-                object=endpoint.object,
-                chunk_object=endpoint.chunk_object,
-                created=int(time.time()),
-                model=body.model or card.name,
-                fingerprint=fingerprint(card),
-                has_usage=bool(shows and shows.include_usage),
-                has_running_usage=bool(shows and shows.include_usage and shows.continuous_usage_stats),
-            )
-            return Prepared(
-                Generation(parts, self.pool.submit),
-                endpoint.format(body, prompts, tokenizer, envelope),
-                envelope,
-                num_prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
-                timeout_s=min(body.timeout or self.options.default_timeout_s, self.options.default_timeout_s),
-            )
+            return await endpoint.prepare(body, card, caller)
 
         return Exchange(
             prepare,
             is_stream=bool(body.stream),
+            timeout_s=caller.timeout_s,
             context=about,
-            telemetry=self.telemetry,
             drain=self.drain,
             heartbeat_s=self.options.heartbeat_s,
         )
 
-    def text_model(self, name: str | None) -> ModelCard:
-        """The text model of that name. Raises ModelNotFound, Unavailable, InvalidRequest."""
-        card = self.pool.find(name)
-        if card.kind != "text":
-            raise InvalidRequest(f"{card.name} is no text model (it makes {card.kind}s)", param="model")
-        return card
+    def _timeout_s(self, http: Request, body: Any) -> float:
+        """The body's timeout, else the header's, at most the server's own."""
+        limit = self.options.default_timeout_s
+        header = ", ".join(http.headers.getlist(TIMEOUT_HEADER)) or None
+        if header is not None and not (_SECONDS.fullmatch(header) and 0 < float(header) <= MAX_TIMEOUT_S):
+            raise InvalidRequest(
+                f"the header {TIMEOUT_HEADER} must be seconds in digits, above 0 and at most {MAX_TIMEOUT_S}",
+                param=TIMEOUT_HEADER,
+            )
+        wanted = body.timeout or (limit if header is None else float(header))
+        return min(wanted, limit)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.events import TokenLogprobs
-from serve.gateway.generation import Tokens
+from serve.gateway.text_generation import Tokens
 from serve.request import ModelCard
 from serve.text.detokenizer import Detokenizer
 from serve.text.tokenizer import Tokenizer

@@ -29,6 +29,10 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPLATE_KWARGS = 32
+MAX_IMAGES = 10
+"""OpenAI's limit."""
+MAX_PREVIEWS = 8
+"""Of one image; OpenAI's limit is 3."""
 TOKEN_ID_LIMIT = 1 << 31
 
 RESERVED_TEMPLATE_NAMES = frozenset(
@@ -84,6 +88,8 @@ Name = Text(512, least=1)
 RequestId = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9._:-]{1,128}\Z"))]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Side = Literal["left", "right"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+Moderation = Literal["low", "auto"]
 _Key = Annotated[str, StringConstraints(max_length=64)]
 _Note = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[_Key, _Note], Field(max_length=16)]
@@ -245,6 +251,33 @@ def _content(value: Any) -> Any:
             raise wrong("a text part needs a string as its text")
         texts.append(part[part["type"]])
     return "\n".join(texts)
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """Width and height; None leaves them to the model."""
+    if value == "auto":
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", value) if isinstance(value, str) else None
+    if match is None:
+        raise wrong("must be auto or WIDTHxHEIGHT in pixels, such as 64x64")
+    return int(match[1]), int(match[2])
+
+
+Size = Annotated[
+    tuple[int, int] | None,
+    PlainValidator(_size),
+    WithJsonSchema({"type": "string", "pattern": "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"}),
+]
+
+
+def _image_response(value: Any) -> str:
+    """A `data:` URL would be no answer either: who asks for a URL fetches it, and HTTP clients cannot fetch those."""
+    if value != "b64_json":
+        raise wrong("must be b64_json: images are not kept here, so there is no URL; decode data[i].b64_json")
+    return "b64_json"
+
+
+ImageResponse = Annotated[str, PlainValidator(_image_response), WithJsonSchema({"const": "b64_json"})]
 
 
 def _nothing(value: Any) -> None:

@@ -1,64 +1,38 @@
-"""What every answer object and chunk carries around its choices, and server-sent events."""
+"""JSON and server-sent events as bytes, and how large files get into them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import asyncio
+import binascii
+from typing import Any
 
 import msgspec
-
-from serve.gateway.choices import Piece
-from serve.gateway.generation import Generation
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still working\n\n"
 """A comment: clients ignore it, and writing it finds out who has left."""
+BASE64_BYTES = 192 << 10
+"""Encoded at once, a multiple of 3: 0.4 ms of this event loop (500 MB/s on one 2.6 GHz core)."""
 
 _encoder = msgspec.json.Encoder()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Envelope:
-    """id, time, model and fingerprint; and which usage a stream tells."""
-
-    id: str
-    object: str
-    chunk_object: str
-    created: int
-    model: str
-    fingerprint: str
-    has_usage: bool = False
-    """One usage chunk at the end; the others say `usage: null`."""
-    has_running_usage: bool = False
-    """Usage so far in every chunk (vLLM's `continuous_usage_stats`)."""
-
-    def answer(self) -> dict[str, Any]:
-        return self._fields(self.object)
-
-    def chunk(self) -> dict[str, Any]:
-        return self._fields(self.chunk_object)
-
-    def _fields(self, name: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": name,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
-
-class Format(Protocol):
-    """An endpoint's wire format."""
-
-    def chunks(self, piece: Piece, generation: Generation) -> list[dict[str, Any]]: ...
-    def whole(self, pieces: dict[int, list[Piece]], generation: Generation) -> dict[str, Any]: ...
 
 
 def encode_json(value: Any) -> bytes:
     return _encoder.encode(value)
 
 
-def event(value: Any) -> bytes:
+def event(value: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
-    return b"data: " + _encoder.encode(value) + b"\n\n"
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+async def base64_json(data: bytes) -> msgspec.Raw:
+    """A file as a JSON string. Others get their turn between its parts; a thread would hold the interpreter's lock."""
+    parts = [b'"']
+    for start in range(0, len(data), BASE64_BYTES):
+        if start:
+            await asyncio.sleep(0)
+        parts.append(binascii.b2a_base64(data[start : start + BASE64_BYTES], newline=False))
+    parts.append(b'"')
+    return msgspec.Raw(b"".join(parts))

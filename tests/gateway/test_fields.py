@@ -8,28 +8,35 @@ import typing
 
 import pytest
 from gateway_fakes import FakeBackend, call, fake_gateway
-from openai.types import completion_create_params
+from gateway_image_fakes import FakeImageBackend
+from openai.types import completion_create_params, image_generate_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from serve.gateway.fields import FIELDS, Use
+from serve.gateway.field import PATHS, Use
+from serve.gateway.fields import FIELDS
 
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+TEXT = ("chat", "completions")
 BASE = {
     "chat": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
     "completions": {"model": "tiny", "prompt": "hi", "max_tokens": 4},
+    "images": {"model": "painter", "prompt": "a red circle"},
 }
 NEEDS = {
     "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True},
     "continue_final_message": {"messages": [{"role": "assistant", "content": "hi"}]},
     "model": {},
+    "width": {"height": 64},
+    "height": {"width": 64},
+    "output_compression": {"output_format": "jpeg"},
+    "partial_images": {"stream": True},
+    "stream_progress": {"stream": True},
 }
-CASES = [(endpoint, name) for endpoint, table in FIELDS.items() for name in table]
 
 
 def post_all(endpoint: str, bodies: list[dict]):
     async def scenario():
-        async with fake_gateway() as gateway:
+        async with fake_gateway(FakeBackend(), FakeImageBackend()) as gateway:
             return [await call(gateway, PATHS[endpoint], body) for body in bodies]
 
     return asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -40,6 +47,7 @@ def post_all(endpoint: str, bodies: list[dict]):
     [
         ("chat", chat_create_params.CompletionCreateParamsStreaming),
         ("completions", completion_create_params.CompletionCreateParamsStreaming),
+        ("images", image_generate_params.ImageGenerateParamsStreaming),
     ],
 )
 def test_every_field_of_openais_client_is_in_the_table(endpoint, params):
@@ -63,8 +71,7 @@ def test_every_field_has_a_note_and_what_its_use_needs():
 def test_examples_are_taken(endpoint):
     names = [name for name, entry in FIELDS[endpoint].items() if entry.use is not Use.REFUSED and name != "model"]
     bodies = [{**BASE[endpoint], **NEEDS.get(name, {}), name: FIELDS[endpoint][name].example} for name in names]
-    bodies.append({**BASE[endpoint], "model": "tiny"})
-    for name, reply in zip(names, post_all(endpoint, bodies), strict=False):
+    for name, reply in zip(names, post_all(endpoint, bodies), strict=True):
         assert reply.status == 200, (name, reply.body)
 
 
@@ -91,7 +98,7 @@ def test_refused_fields_are_refused_with_their_reason_and_harmless_values_taken(
         assert reply.status == 200, (name, value, reply.body)
 
 
-@pytest.mark.parametrize("endpoint", PATHS)
+@pytest.mark.parametrize("endpoint", TEXT)
 def test_honoured_sampling_fields_reach_the_backend(endpoint):
     sent = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
@@ -119,6 +126,8 @@ def test_fields_of_the_other_endpoint_are_refused_with_its_path():
     assert reply.status == 400 and "/v1/completions" in reply.json()["error"]["message"]
     [reply] = post_all("completions", [{**BASE["completions"], "messages": []}])
     assert reply.status == 400 and "/v1/chat/completions" in reply.json()["error"]["message"]
+    [reply] = post_all("chat", [{**BASE["chat"], "size": "64x64"}])
+    assert reply.status == 400 and "/v1/images/generations" in reply.json()["error"]["message"]
 
 
 def test_unknown_fields_are_refused_by_name_with_the_nearest_one():
@@ -138,9 +147,9 @@ def test_docs_show_every_field():
     for endpoint, table in FIELDS.items():
         for name in table:
             assert f"<code>{name}</code>" in page, (endpoint, name)
-    assert set(schemas["ChatCompletionRequest"]["properties"]) == {
-        name for name, entry in FIELDS["chat"].items() if entry.use is not Use.REFUSED
-    }
+    for endpoint, name in (("chat", "ChatCompletionRequest"), ("images", "ImageGenerationRequest")):
+        known = {name for name, entry in FIELDS[endpoint].items() if entry.use is not Use.REFUSED}
+        assert set(schemas[name]["properties"]) == known
     assert "http://" not in page and "https://" not in page and "<script" not in page
 
 

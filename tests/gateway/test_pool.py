@@ -6,17 +6,25 @@ import asyncio
 
 import pytest
 from gateway_fakes import FakeBackend, card, entry, joined
+from gateway_image_fakes import FakeImageBackend
 
 from serve.backend import Load
 from serve.errors import Draining, EngineDead, InvalidRequest, ModelNotFound, Overloaded, ReplicaLost, Unavailable
 from serve.gateway.pool import Pool
 from serve.gateway.routing import MAX_EXCESS, Candidate, Router
-from serve.request import SamplingParams, TextRequest
+from serve.request import ImageRequest, SamplingParams, TextRequest
 
 
 def request(prompt=range(200), salt="") -> TextRequest:
     sampling = SamplingParams(max_tokens=4)
     return TextRequest(request_id="r", model="tiny", prompt_token_ids=tuple(prompt), sampling=sampling, cache_salt=salt)
+
+
+def image_request() -> ImageRequest:
+    return ImageRequest(
+        request_id="r", model="painter", prompt="x", width=64, height=64, num_inference_steps=2, guidance_scale=1.0,
+        solver="flow_match_euler", seed=1,
+    )  # fmt: skip
 
 
 class Net:
@@ -44,7 +52,7 @@ def with_pool(*backends: FakeBackend):
         async def run():
             net = Net(*backends)
             pool = Pool(net.connect)
-            pool.update([entry(backend.replica_id, backend.card.name) for backend in backends])
+            pool.update([entry(each.replica_id, each.card.name, kind=each.card.kind) for each in backends])
             await joined(pool, len(backends))
             try:
                 await scenario(pool, net)
@@ -128,6 +136,45 @@ def test_model_without_a_name_must_be_the_only_one():
     async def _(pool, net):
         with pytest.raises(InvalidRequest, match="second"):
             pool.find(None)
+
+
+def test_model_without_a_name_must_be_the_only_one_of_its_kind():
+    @with_pool(FakeBackend(), FakeImageBackend())
+    async def _(pool, net):
+        assert pool.find(None, "text").name == "tiny" and pool.find(None, "image").name == "painter"
+        with pytest.raises(InvalidRequest, match="'painter', 'tiny'"):
+            pool.find(None)
+
+
+def test_model_of_the_other_kind_is_refused_with_those_that_fit():
+    @with_pool(FakeBackend(), FakeImageBackend())
+    async def _(pool, net):
+        for name, kind, fits in (("painter", "text", "'tiny'"), ("small", "image", "'painter'")):
+            with pytest.raises(InvalidRequest, match=fits) as refused:
+                pool.find(name, kind)
+            assert refused.value.param == "model"
+
+
+def test_kind_that_is_not_served_is_told_from_one_that_is_not_ready():
+    @with_pool(FakeBackend())
+    async def _(pool, net):
+        with pytest.raises(ModelNotFound):
+            pool.find(None, "image")
+        net.num_refused = 1
+        pool.update([entry("replica-0"), entry("b", "painter", kind="image")])
+        for name in (None, "painter"):
+            with pytest.raises(Unavailable):
+                pool.find(name, "image")
+
+
+def test_images_are_placed_and_read_like_text():
+    full = FakeImageBackend(replica_id="a", refusal=Overloaded("full", retry_after_s=1))
+
+    @with_pool(full, FakeImageBackend(replica_id="b"))
+    async def _(pool, net):
+        for _ in range(6):
+            assert await read(await pool.submit(image_request())) == 3
+        assert pool._router._holder == {}, "images leave no prefix behind"
 
 
 def test_model_whose_replicas_are_gone_is_unavailable_not_unknown():

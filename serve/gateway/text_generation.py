@@ -1,4 +1,4 @@
-"""Everything one HTTP request generates: its backend requests as one stream of pieces of text.
+"""Everything a text request generates: its backend requests as one stream of pieces of text.
 
     prompt 0 ── TextRequest (n choices) ── EventStream ─┐
     prompt 1 ── TextRequest (n choices) ── EventStream ─┴─ merged, one list of pieces per engine step and stream
@@ -41,7 +41,7 @@ class Tokens:
     cached: int = 0
 
 
-class Generation:
+class TextGeneration:
     """Submit, read, close. `start` raises what a refusal raises; reading raises what a failure raises."""
 
     def __init__(self, parts: Sequence[Part], submit: Submit) -> None:

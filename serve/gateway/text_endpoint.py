@@ -1,0 +1,75 @@
+"""`/v1/chat/completions` and `/v1/completions`: from a checked body to requests with token ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from serve.gateway import chat, completions
+from serve.gateway.choices import Piece
+from serve.gateway.meters import TextMeter
+from serve.gateway.planning import Asked, plan
+from serve.gateway.pool import Pool
+from serve.gateway.prepared import Prepared
+from serve.gateway.prompts import Prompt, chat_prompts, completion_prompts
+from serve.gateway.service import Caller
+from serve.gateway.text_generation import TextGeneration
+from serve.gateway.text_wire import Choices, Envelope, TextFormat
+from serve.gateway.usage import fingerprint
+from serve.metrics import Recorder
+from serve.request import ModelCard
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Where chat and completions differ."""
+
+    prompts: Callable[[Any, ModelCard, Tokenizer], Awaitable[tuple[Prompt, ...]]]
+    asked: Callable[[Any], Asked]
+    choices: Callable[[Any, tuple[Prompt, ...], Tokenizer, Envelope], Choices]
+    prefix: str
+    object: str
+    chunk_object: str
+
+
+CHAT = Dialect(chat_prompts, chat.asked, chat.ChatFormat, "chatcmpl-", "chat.completion", "chat.completion.chunk")
+COMPLETIONS = Dialect(
+    completion_prompts, completions.asked, completions.CompletionFormat, "cmpl-", "text_completion", "text_completion"
+)
+
+
+class TextEndpoint:
+    """Prepares text requests of one dialect."""
+
+    kind = "text"
+
+    def __init__(self, dialect: Dialect, pool: Pool, recorder: Recorder) -> None:
+        self._dialect = dialect
+        self._pool = pool
+        self._recorder = recorder
+
+    async def prepare(self, body: Any, card: ModelCard, caller: Caller) -> Prepared[Piece]:
+        dialect = self._dialect
+        tokenizer = self._pool.tokenizer(card.name)
+        prompts = await dialect.prompts(body, card, tokenizer)
+        parts = plan(body, prompts, dialect.asked(body), card, tokenizer, caller)
+        shows = body.stream_options
+        envelope = Envelope(
+            id=dialect.prefix + (body.request_id or caller.context.request_id),
+            object=dialect.object,
+            chunk_object=dialect.chunk_object,
+            created=int(time.time()),
+            model=body.model or card.name,
+            fingerprint=fingerprint(card),
+            has_usage=bool(shows and shows.include_usage),
+            has_running_usage=bool(shows and shows.include_usage and shows.continuous_usage_stats),
+        )
+        generation = TextGeneration(parts, self._pool.submit)
+        return Prepared(
+            generation,
+            TextFormat(dialect.choices(body, prompts, tokenizer, envelope), envelope, generation),
+            TextMeter(self._recorder, card.name, caller.context, generation),
+        )
