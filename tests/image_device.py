@@ -34,7 +34,7 @@ def num_tokens(width: int, height: int) -> int:
 
 def make_scheduler(*, max_num_images: int = 8, max_num_batched_tokens: int = 1 << 20, **values: Any) -> ImageScheduler:
     return ImageScheduler(
-        Limits(limits(**values), lambda prompt: None),
+        Limits(limits(**values), lambda prompt: None, lambda solver, num_steps: None),
         num_tokens,
         max_num_images=max_num_images,
         max_num_batched_tokens=max_num_batched_tokens,

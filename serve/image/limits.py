@@ -20,6 +20,8 @@ class Limits:
     image: ImageLimits
     check_prompt: Callable[[str], None]
     """Raises ValueError, with the remedy, for a prompt that the model cannot encode."""
+    check_schedule: Callable[[str, int], None]
+    """Raises ValueError, with the remedy, for a number of steps that this solver cannot take."""
 
     def check(self, job: Trajectory) -> None:
         """Raise `InvalidRequest`. Reads only, on any thread."""
@@ -34,6 +36,10 @@ class Limits:
                 f"scheduler {job.solver!r} is not one of this model's; use one of {', '.join(self.image.solvers)}",
                 param="scheduler",
             )
+        try:
+            self.check_schedule(job.solver, job.num_steps)
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="num_inference_steps") from error
         if not 0 <= job.seed <= _MOST_SEED:
             raise InvalidRequest(f"seed is {job.seed}; give a value from 0 to 2^64 - 1", param="seed")
         if job.num_previews < 0:

@@ -163,6 +163,15 @@ def image_limits(**values: object) -> ImageLimits:
     return ImageLimits(**{**defaults, **values})  # type: ignore[arg-type]
 
 
+def make_limits(**values: object) -> Limits:
+    return Limits(image_limits(**values), refuse_cats, refuse_seven)
+
+
+def refuse_seven(solver: str, num_steps: int) -> None:
+    if num_steps == 7:
+        raise ValueError(f"{solver} cannot take 7 steps; ask for 8")
+
+
 def refuse_cats(prompt: str) -> None:
     if prompt == "cat":
         raise ValueError("there is no class 'cat'; did you mean 'tabby cat'?")
@@ -176,6 +185,7 @@ def refuse_cats(prompt: str) -> None:
         ({"width": 128, "height": 64}, "size", "8192 pixels, more than the 4096"),
         ({"num_steps": 51}, "num_inference_steps", "from 1 to 50"),
         ({"num_steps": 0}, "num_inference_steps", "num_inference_steps is 0"),
+        ({"num_steps": 7}, "num_inference_steps", "euler cannot take 7 steps; ask for 8"),
         ({"solver": "heun"}, "scheduler", "'heun' is not one of this model's; use one of ddim, euler"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "at least 0"),
         ({"guidance_scale": -1.0}, "guidance_scale", "at least 0"),
@@ -189,7 +199,7 @@ def refuse_cats(prompt: str) -> None:
 )
 def test_what_can_never_run_is_refused_by_name_value_and_remedy(values: dict, param: str, message: str) -> None:
     fine = {"width": 32, "height": 32, "num_steps": 50, "solver": "euler", "prompt": "dog"}
-    limits = Limits(image_limits(), refuse_cats)
+    limits = make_limits()
     limits.check(trajectory(**fine))
     with pytest.raises(InvalidRequest, match=message) as refusal:
         limits.check(trajectory(**{**fine, **values}))
@@ -197,7 +207,7 @@ def test_what_can_never_run_is_refused_by_name_value_and_remedy(values: dict, pa
 
 
 def test_a_model_with_fixed_sizes_names_them() -> None:
-    limits = Limits(image_limits(sizes=((16, 16), (32, 16))), refuse_cats)
+    limits = make_limits(sizes=((16, 16), (32, 16)))
     limits.check(trajectory(width=32, height=16, solver="ddim"))
     with pytest.raises(InvalidRequest, match="16x32 is not one this model makes; use one of 16x16, 32x16"):
         limits.check(trajectory(width=16, height=32, solver="ddim"))
@@ -205,7 +215,7 @@ def test_a_model_with_fixed_sizes_names_them() -> None:
 
 @pytest.mark.parametrize("values", [{"guidance_scale": 2.0}, {"negative_prompt": "ugly"}])
 def test_guidance_is_refused_where_there_is_none(values: dict) -> None:
-    limits = Limits(image_limits(has_guidance=False), refuse_cats)
+    limits = make_limits(has_guidance=False)
     limits.check(trajectory(width=16, height=16, solver="ddim"))
     with pytest.raises(InvalidRequest, match="computes no guidance; leave it out"):
         limits.check(trajectory(width=16, height=16, solver="ddim", **values))
