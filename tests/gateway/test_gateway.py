@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-from gateway_fakes import FakeBackend, bundle, card, entry, ids
+from gateway_fakes import FakeBackend, card, entry, ids
+from gateway_image_fakes import FakeImageBackend
 
 from serve.channel_server import ChannelServer
 from serve.errors import ConfigError, EngineDead
@@ -38,14 +40,14 @@ class Stack:
 
     async def replica(self, backend: FakeBackend) -> ChannelServer:
         name = backend.replica_id
-        server = ChannelServer(backend, bundle(), secret=SECRET, replica_id=name)
+        server = ChannelServer(backend, backend.bundle, secret=SECRET, replica_id=name)
         address = await server.start(f"unix:{self._path}/{name}")
         self._stack.push_async_callback(server.aclose)
         client = await HubClient.connect(
             self.hub_address, secret=SECRET, process=name, recorder=Recorder(name, "replica")
         )
         self._stack.push_async_callback(client.aclose)
-        await client.register(entry(name, backend.card.name, address))
+        await client.register(entry(name, backend.card.name, address, backend.card.kind))
         return server
 
     async def gateway(self, name: str = "gateway-0", **options) -> tuple[Gateway, httpx.AsyncClient]:
@@ -177,6 +179,45 @@ def test_two_models_are_told_apart(tmp_path):
             assert answer["choices"][0]["text"] == "other" and answer["model"] == "org/other"
             assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 400
             assert (await client.get("/v1/models/org/other")).json()["id"] == "org/other"
+
+    run(scenario)
+
+
+def test_text_and_images_are_served_side_by_side(tmp_path):
+    """Ten images of 5 MB cross the channel while chats are answered; neither names its model."""
+
+    async def scenario():
+        async with stack(tmp_path) as site:
+            data = bytes(range(250)) * 20_000
+            await site.replica(FakeBackend())
+            await site.replica(FakeImageBackend(picture=lambda request, index, step: bytes([index]) + data))
+            gateway, client = await site.gateway()
+            async with asyncio.timeout(10):
+                await gateway.meet(["tiny", "painter"])
+            drawing = asyncio.create_task(client.post("/v1/images/generations", json={"prompt": "x", "n": 10}))
+            num_chats = 0
+            while not drawing.done():
+                assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+                num_chats += 1
+            images = (await drawing).json()["data"]
+            assert [base64.b64decode(image["b64_json"]) for image in images] == [bytes([i]) + data for i in range(10)]
+            assert num_chats > 1
+            text = (await client.get("/metrics")).text
+            assert 'tandem_requests_total{endpoint="images",model="painter",outcome="success"' in text
+            assert 'tandem_images_total{model="painter",outcome="success",process="gateway-0"} 10' in text
+
+    run(scenario)
+
+
+def test_refusals_of_an_image_replica_cross_the_channel(tmp_path):
+    async def scenario():
+        async with stack(tmp_path) as site:
+            await site.replica(FakeImageBackend())
+            _, client = await site.gateway()
+            await ready(client)
+            sent = {"prompt": "x", "width": 100, "height": 64, "stream": True}
+            reply = await client.post("/v1/images/generations", json=sent)
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == "width"
 
     run(scenario)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -14,8 +15,9 @@ import openai
 import psutil
 import pytest
 from gateway_fakes import FakeBackend, FakeGateway, fake_gateway, ids
+from gateway_image_fakes import FakeImageBackend
 
-from serve.errors import ConfigError
+from serve.errors import ConfigError, RequestFailed
 from serve.gateway.server import GatewayServer
 from serve.options import GatewayOptions
 
@@ -83,6 +85,60 @@ def test_openai_client_reads_whole_and_streamed_answers():
             with pytest.raises(openai.BadRequestError):
                 await client.chat.completions.create(**{**CHAT, "max_tokens": 10_000})
             await client.close()
+
+    run(scenario)
+
+
+def test_openai_client_reads_whole_and_streamed_images():
+    async def scenario():
+        large = bytes(range(256)) * 4096
+        backend = FakeImageBackend(picture=lambda request, index, step: bytes([index, step]) + large)
+        async with served(FakeBackend(), backend) as site:
+            client = openai.AsyncOpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+            asked = {"model": "painter", "prompt": "a red circle", "n": 2, "size": "128x64"}
+            ours = {"num_inference_steps": 6, "guidance_scale": 2.0, "seed": 5, "negative_prompt": "a square"}
+            whole = await client.images.generate(**asked, output_format="webp", extra_body=ours)
+            assert [base64.b64decode(image.b64_json) for image in whole.data] == [bytes([i, 6]) + large for i in (0, 1)]
+            assert [image.seed for image in whole.data] == [5, 6] and whole.created > 0
+            assert (whole.size, whole.output_format, whole.background) == ("128x64", "webp", "opaque")
+            assert whole.num_inference_steps == 6 and whole.scheduler == "flow_match_euler"
+            assert whole.usage.input_tokens_details.text_tokens == 7 and whole.usage.total_tokens == 7 + 2 * 16
+            assert type(whole).model_validate(whole.model_dump()) and type(whole.usage).model_validate(
+                whole.usage.model_dump()
+            )
+            stream = await client.images.generate(**asked, stream=True, partial_images=1, extra_body=ours)
+            events = [event async for event in stream]
+            for event in events:
+                type(event).model_validate(event.model_dump())  # what the client builds, it does not check
+            kinds = [type(event).__name__ for event in events]
+            assert kinds == ["ImageGenPartialImageEvent"] * 2 + ["ImageGenCompletedEvent"] * 2
+            assert [event.index for event in events] == [0, 1, 0, 1] and events[0].partial_image_index == 0
+            assert base64.b64decode(events[-1].b64_json) == bytes([1, 6]) + large
+            assert events[-1].usage.output_tokens == 16 and events[-1].seed == 6
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.images.generate(model="painter", prompt="x", size="100x64", stream=True)
+            assert refused.value.param == "size"
+            backend.fail_after = (3, RequestFailed("broken"))
+            with pytest.raises(openai.APIError, match="broken"):
+                async for _ in await client.images.generate(**asked, stream=True, partial_images=3):
+                    pass
+            await client.close()
+
+    run(scenario)
+
+
+def test_closed_connection_cancels_the_images():
+    async def scenario():
+        backend = FakeImageBackend()
+        async with served(backend) as site, httpx.AsyncClient() as client:
+            asked = {"prompt": "x", "stream": True, "stream_progress": True, "num_inference_steps": 1000}
+            async with client.stream("POST", f"{site.url}/v1/images/generations", json=asked) as answer:
+                backend.gate = asyncio.Event()
+                await anext(answer.aiter_lines())
+            async with asyncio.timeout(5):
+                while backend.open:
+                    await asyncio.sleep(0.01)
+            assert backend.num_cancelled == 1
 
     run(scenario)
 

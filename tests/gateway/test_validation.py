@@ -8,6 +8,7 @@ import re
 
 import pytest
 from gateway_fakes import FakeBackend, call, fake_gateway
+from gateway_image_fakes import FakeImageBackend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +16,15 @@ from serve.errors import InvalidRequest
 from serve.gateway import schemas
 from serve.gateway.fields import FIELDS
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, IMAGES = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"
 SECRET = "the prompt is secret"
 GOOD = {CHAT: {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 4}, COMPLETIONS: {"prompt": SECRET}}
+GOOD[IMAGES] = {"prompt": SECRET}
 
 
 def post(path: str, body, headers=None):
     async def scenario():
-        async with fake_gateway() as gateway:
+        async with fake_gateway(FakeBackend(), FakeImageBackend()) as gateway:
             return await call(gateway, path, body, headers=headers or {})
 
     return asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -69,7 +71,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("name", BAD_JSON)
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, IMAGES, "/tokenize", "/detokenize"])
 def test_broken_json_is_400(path, name):
     check_refusal(post(path, BAD_JSON[name]))
 
@@ -97,6 +99,38 @@ BAD_VALUES = [
 def test_values_out_of_range_or_of_another_type_are_400(path, name, value):
     error = check_refusal(post(path, {**GOOD[path], "max_tokens": 4, name: value}))
     assert name in error["message"] or (error["param"] or "").startswith(name)
+
+
+BAD_IMAGE_VALUES = [
+    ("prompt", ""), ("prompt", None), ("prompt", 5), ("prompt", ["a"]), ("prompt", [1, 2]), ("prompt", "x" * 32001),
+    ("prompt", SECRET * 50_000), ("negative_prompt", "x" * 32001), ("negative_prompt", 1), ("n", 0), ("n", 11),
+    ("n", 10**9), ("n", -1), ("n", "2"), ("n", True), ("n", 1.0), ("size", "0x0"), ("size", "64x"), ("size", "x64"),
+    ("size", "64"), ("size", "1e9x1"), ("size", "٦٤x٦٤"), ("size", "６４x６４"), ("size", "064x64"), ("size", "-64x64"),
+    ("size", "64X64"), ("size", "64x64\n"), ("size", " 64x64"), ("size", "64x64x64"), ("size", "9" * 5000 + "x1"),
+    ("size", "100000x1"), ("size", 64), ("size", [64, 64]), ("size", "AUTO"), ("size", ""), ("size", SECRET),
+    ("width", 0), ("width", -8), ("width", 10**9), ("width", "64"), ("width", 64.0), ("height", True),
+    ("num_inference_steps", 0), ("num_inference_steps", 10**9), ("num_inference_steps", "4"),
+    ("num_inference_steps", 4.5), ("guidance_scale", -0.1), ("guidance_scale", 101), ("guidance_scale", "3"),
+    ("guidance_scale", True), ("seed", -1), ("seed", 2**63), ("seed", 1.5), ("seed", "1"), ("scheduler", ""),
+    ("scheduler", "x" * 65), ("scheduler", 3), ("output_format", "gif"), ("output_format", "PNG"),
+    ("output_format", SECRET), ("output_compression", -1), ("output_compression", 101), ("response_format", "url"),
+    ("response_format", {"type": "b64_json"}), ("response_format", SECRET), ("stream", "true"), ("stream", 1),
+    ("partial_images", 9), ("partial_images", -1), ("partial_images", "1"), ("stream_progress", 1), ("priority", 10**6),
+    ("timeout", 0), ("timeout", 10**6), ("request_id", "a b"), ("model", 5), ("user", "x" * 1025), ("quality", "high"),
+    ("background", "transparent"), ("style", "vivid"), ("moderation", "none"), ("svg", {"model": "x"}),
+    ("true_cfg_scale", 4), ("lora", [{"path": "/etc"}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_IMAGE_VALUES, ids=lambda value: str(value)[:20])
+def test_image_values_out_of_range_or_of_another_type_are_400(name, value):
+    error = check_refusal(post(IMAGES, {**GOOD[IMAGES], name: value}))
+    assert error["param"] == name and name in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "9" * 5000])
+def test_numbers_that_are_none_are_400_for_images(number):
+    check_refusal(post(IMAGES, raw(f'"guidance_scale": {number}')))
 
 
 BAD_MESSAGES = [
@@ -173,7 +207,7 @@ def test_body_above_the_limit_is_413():
     assert asyncio.run(scenario()).status == 413
 
 
-NAMES = sorted({*FIELDS["chat"], *FIELDS["completions"], "x", "message", "__class__"})
+NAMES = sorted({*FIELDS["chat"], *FIELDS["completions"], *FIELDS["images"], "x", "message", "__class__"})
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 VALUES = st.recursive(
     SCALARS,
@@ -187,11 +221,11 @@ def test_random_bodies_are_answered_without_a_server_error():
     """400 random bodies on every JSON route: 200 or a 4xx in our shape, and the gateway still serves."""
 
     async def scenario():
-        async with fake_gateway() as gateway:
+        async with fake_gateway(FakeBackend(), FakeImageBackend()) as gateway:
             loop = asyncio.get_running_loop()
 
             async def post_all(body, valid):
-                for path in (CHAT, COMPLETIONS, "/tokenize", "/detokenize"):
+                for path in (CHAT, COMPLETIONS, IMAGES, "/tokenize", "/detokenize"):
                     sent = {**GOOD.get(path, {}), **body} if valid else body
                     reply = await call(gateway, path, json.dumps(sent).encode("utf-8", "surrogatepass"))
                     assert reply.status == 200 or 400 <= reply.status < 500, (path, sent, reply.body)
@@ -212,7 +246,8 @@ def test_random_bodies_are_answered_without_a_server_error():
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=64) | st.text(max_size=64).map(str.encode))
 def test_random_bytes_are_refused_or_parsed(data):
-    for parse in (schemas.parse_chat, schemas.parse_completion, schemas.parse_tokenize, schemas.parse_detokenize):
+    parsers = (schemas.parse_chat, schemas.parse_completion, schemas.parse_image)
+    for parse in (*parsers, schemas.parse_tokenize, schemas.parse_detokenize):
         try:
             parse(data)
         except InvalidRequest as refused:
@@ -226,12 +261,14 @@ def test_control_characters_in_names_cannot_forge_log_lines():
 
 
 def test_backend_never_sees_a_refused_request():
-    backend = FakeBackend()
+    text, image = FakeBackend(), FakeImageBackend()
 
     async def scenario():
-        async with fake_gateway(backend) as gateway:
+        async with fake_gateway(text, image) as gateway:
             for name, value in BAD_VALUES:
                 await call(gateway, COMPLETIONS, {"prompt": "a", "max_tokens": 4, name: value})
+            for name, value in BAD_IMAGE_VALUES:
+                await call(gateway, IMAGES, {"prompt": "a", name: value})
 
     asyncio.run(scenario())
-    assert backend.requests == []
+    assert text.requests == [] and image.requests == []
