@@ -44,6 +44,8 @@ REASONS = (*CODES, "unauthorized", "not_found", "too_large", "too_slow", "rate_l
 UNKNOWN_MODEL = "unknown"
 """The `model` of requests that name none that is served."""
 MODEL: Labels = {"model": None}
+STAGE: Labels = {"model": None, "stage": ("encode", "denoise", "decode")}
+"""Of an image step: text encoders, transformer, VAE."""
 CARD: Labels = dict.fromkeys(
     ("model", "kind", "device", "dtype", "parameters", "max_model_len", "kv_cache_tokens", "threads")
 )
@@ -141,6 +143,14 @@ METRICS: dict[str, Metric] = {
         _replica("tandem_step_seconds", "histogram", "An engine step, from submit to settled.", LATENCY_S),
         _replica("tandem_step_jobs", "histogram", "Jobs in a step: the batch size.", JOBS),
         _replica("tandem_step_tokens", "histogram", "Token positions computed in a step.", TOKENS),
+        _replica(
+            "tandem_image_step_seconds", "histogram", "An engine step over images, by stage.", LATENCY_S, STAGE
+        ),
+        _replica(
+            "tandem_image_step_rows", "histogram",
+            "Rows of the forward: texts, latents to denoise (two when guided) or to decode.", JOBS, STAGE,
+        ),
+        _replica("tandem_image_step_tokens", "histogram", "Rows times latent tokens of a step.", TOKENS, STAGE),
         _replica("tandem_kv_cache_usage_ratio", "gauge", "Share of the KV cache held by unfinished jobs."),
         _replica("tandem_kv_cache_blocks", "gauge", "Blocks of the KV cache, all of them."),
         _replica("tandem_prefix_cache_queries_tokens_total", "counter", "Prompt tokens looked up."),
@@ -290,6 +300,8 @@ class EngineObserver:
         self._step_jobs = recorder.cell("tandem_step_jobs", model=model)
         self._step_tokens = recorder.cell("tandem_step_tokens", model=model)
         self._queue_time = recorder.cell("tandem_request_queue_time_seconds", model=model)
+        self._image_steps: dict[str, tuple[Cell, Cell, Cell]] = {}
+        """Stage → seconds, rows, latent tokens."""
         self._cancel_to_free = recorder.cell("tandem_cancel_to_free_seconds", model=model)
         self._ended = {
             reason: recorder.cell("tandem_jobs_total", model=model, reason=reason.value) for reason in FinishReason
@@ -303,6 +315,21 @@ class EngineObserver:
         self._step_seconds.observe(stats.duration_s)
         self._step_jobs.observe(stats.num_jobs)
         self._step_tokens.observe(stats.num_tokens)
+        if stats.stage:
+            self._on_image_step(stats)
+
+    def _on_image_step(self, stats: StepStats) -> None:
+        cells = self._image_steps.get(stats.stage)
+        if cells is None:
+            seconds, rows, tokens = (
+                self._recorder.cell(f"tandem_image_step_{unit}", model=self._model, stage=stats.stage)
+                for unit in ("seconds", "rows", "tokens")
+            )
+            cells = self._image_steps[stats.stage] = (seconds, rows, tokens)
+        seconds, rows, tokens = cells
+        seconds.observe(stats.duration_s)
+        rows.observe(stats.num_rows)
+        tokens.observe(stats.num_tokens)
 
     def on_finish(self, job: Job) -> None:
         if job.finish_reason is not None:

@@ -1,7 +1,7 @@
 """What is asked of a backend: frozen, plain values, safe to send to another process.
 
-Text requests hold token ids. The gateway turns text into ids once (`serve/text/tokenizer.py`) and ids back into text, so
-stop strings, chat templates and JSON never reach an engine. Image requests hold their prompt as text: each diffusion
+Text requests hold token ids. The gateway turns text into ids once (`serve/text/tokenizer.py`) and ids back into text,
+so stop strings, chat templates and JSON never reach an engine. Image requests hold their prompt as text: each diffusion
 model has text encoders, with tokenizers, of its own.
 """
 
@@ -119,8 +119,12 @@ class ImageLimits:
     """The first is the model's own."""
     sizes: tuple[tuple[int, int], ...] = ()
     """The only (width, height) there are; empty: any within the limits above."""
+    max_side: int = 0
+    """Longest width or height, in pixels; 0: only `max_pixels` counts."""
     has_guidance: bool = True
     """Whether the model computes guidance; without it `guidance_scale` and `negative_prompt` are refused."""
+    has_negative_prompt: bool = True
+    """Whether its guidance can steer away from a text of the request's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -345,6 +345,14 @@ class DenoiseBatch:
     def num_tokens(self) -> int:
         return sum(row.job.shape for row in self.rows)
 
+    @property
+    def stage(self) -> str:
+        return "denoise"
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
 
 def denoised(shape: int, num_steps: int) -> list[int]:
     """The latents that a trajectory must show, one per step."""

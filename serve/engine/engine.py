@@ -261,7 +261,8 @@ class Engine(Generic[J, B, O]):
             if update.finish is not None:
                 self._end(job, update.finish)
         if self._observer is not None:
-            stats = StepStats(now - flight.launched, len(flight.jobs), flight.batch.num_tokens)
+            batch = flight.batch
+            stats = StepStats(now - flight.launched, len(flight.jobs), batch.num_tokens, batch.stage, batch.num_rows)
             self._tell(self._observer.on_step, stats)
 
     # -- failures --------------------------------------------------------------------------------------------------

@@ -51,6 +51,16 @@ class Batch(Protocol):
         """Token positions (or latent tokens) computed in this step."""
         ...
 
+    @property
+    def stage(self) -> str:
+        """What kind of step this is, for metrics; empty where there is only one kind."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the computation: a job may need several."""
+        ...
+
 
 @dataclass(slots=True)
 class Update(Generic[J]):
@@ -136,6 +146,9 @@ class StepStats:
     """From submit to settled."""
     num_jobs: int
     num_tokens: int
+    stage: str = ""
+    """Of the batch; empty where there is only one kind of step."""
+    num_rows: int = 0
 
 
 class Observer(Protocol):

@@ -65,6 +65,11 @@ class Limits:
                 raise InvalidRequest(
                     f"{name} is {value}, not a multiple of {limits.size_multiple}; use {nearest}, say", param=name
                 )
+        if limits.max_side and max(job.width, job.height) > limits.max_side:
+            raise InvalidRequest(
+                f"size {size} has a side longer than the {limits.max_side} pixels of this model; make it smaller",
+                param="size",
+            )
         if job.width * job.height > limits.max_pixels:
             raise InvalidRequest(
                 f"size {size} is {job.width * job.height} pixels, more than the {limits.max_pixels} of this model; "
@@ -77,6 +82,8 @@ class Limits:
             raise InvalidRequest(
                 f"guidance_scale is {job.guidance_scale}; give a number of at least 0", param="guidance_scale"
             )
+        if self.image.has_guidance and not self.image.has_negative_prompt and job.negative_prompt:
+            raise InvalidRequest("this model takes no negative_prompt; leave it out", param="negative_prompt")
         if self.image.has_guidance:
             if job.negative_prompt and not job.is_guided:
                 raise InvalidRequest(

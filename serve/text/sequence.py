@@ -108,6 +108,14 @@ class TokenBatch:
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
 
+    @property
+    def stage(self) -> str:
+        return ""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
 
 @dataclass(slots=True)
 class TokenOutput:

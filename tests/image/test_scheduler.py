@@ -213,6 +213,20 @@ def test_a_model_with_fixed_sizes_names_them() -> None:
         limits.check(trajectory(width=16, height=32, solver="ddim"))
 
 
+def test_a_longest_side_is_a_limit_of_its_own() -> None:
+    limits = make_limits(max_side=64)
+    limits.check(trajectory(width=64, height=16, solver="ddim"))
+    with pytest.raises(InvalidRequest, match="a side longer than the 64 pixels"):
+        limits.check(trajectory(width=80, height=16, solver="ddim"))
+
+
+def test_a_negative_prompt_is_refused_where_guidance_takes_none() -> None:
+    limits = make_limits(has_negative_prompt=False)
+    limits.check(trajectory(width=16, height=16, solver="ddim", guidance_scale=4.0))
+    with pytest.raises(InvalidRequest, match="takes no negative_prompt"):
+        limits.check(trajectory(width=16, height=16, solver="ddim", guidance_scale=4.0, negative_prompt="ugly"))
+
+
 @pytest.mark.parametrize("values", [{"guidance_scale": 2.0}, {"negative_prompt": "ugly"}])
 def test_guidance_is_refused_where_there_is_none(values: dict) -> None:
     limits = make_limits(has_guidance=False)

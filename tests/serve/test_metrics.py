@@ -14,7 +14,7 @@ from serve.engine.job import Job
 from serve.events import FinishReason
 from serve.metrics import LATENCY_S, METRICS, EngineObserver, Recorder, Series, Snapshot, render
 
-UNITS = ("seconds", "tokens", "bytes", "ratio", "blocks", "jobs", "info")
+UNITS = ("seconds", "tokens", "rows", "bytes", "ratio", "blocks", "jobs", "info")
 
 
 def values(text: str) -> dict[str, float]:
@@ -150,3 +150,16 @@ def test_the_observer_counts_steps_and_ends():
     assert found["tandem_cancel_to_free_seconds_sum{model=m}"] == 0.25
     assert found["tandem_jobs_total{model=m,reason=cancelled}"] == found["tandem_jobs_total{model=m,reason=stop}"] == 1
     assert found["tandem_preemptions_total{model=m}"] == 2
+
+
+def test_image_steps_are_told_by_stage_beside_the_steps_of_all_kinds():
+    recorder = Recorder("r", "replica")
+    observer = EngineObserver(recorder, "m")
+    observer.on_step(StepStats(duration_s=0.5, num_jobs=5, num_tokens=640, stage="denoise", num_rows=8))
+    observer.on_step(StepStats(duration_s=0.1, num_jobs=1, num_tokens=64, stage="decode", num_rows=1))
+    observer.on_step(StepStats(duration_s=0.004, num_jobs=3, num_tokens=40))
+    found = values(render([recorder.snapshot()]))
+    assert found["tandem_image_step_rows_sum{model=m,stage=denoise}"] == 8
+    assert found["tandem_image_step_tokens_sum{model=m,stage=decode}"] == 64
+    assert found["tandem_image_step_seconds_sum{model=m,stage=denoise}"] == 0.5
+    assert found["tandem_step_seconds_count{model=m}"] == 3
