@@ -14,7 +14,10 @@ from typing import Any
 import httpx
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Shift": "\ue008", "Tab": "\ue004"}
+KEYS = {
+    "Enter": "\ue007", "Escape": "\ue00c", "Shift": "\ue008", "Tab": "\ue004",
+    "Left": "\ue012", "Right": "\ue014", "Home": "\ue011", "End": "\ue010",
+}  # fmt: skip
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 _UNTIL = """
 const done = arguments[arguments.length - 1], started = performance.now();

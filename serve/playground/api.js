@@ -1,4 +1,4 @@
-// The server's OpenAI API: models, and chat completions as a stream of chunks.
+// The server's OpenAI API: models, and chat completions and pictures as streams of events.
 
 class ApiError extends Error {
   constructor(message, { status = 0, type = "", code = "" } = {}) {
@@ -34,19 +34,26 @@ class Api {
 
   /** The chunks of an answer, as they arrive. Throws ApiError, also for an error inside the stream. */
   async *chat(body, signal) {
-    const response = await this.request("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
-      signal,
-    });
-    for await (const data of events(response.body)) {
+    const asked = { ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    for await (const data of this.stream("/v1/chat/completions", asked, signal)) {
       if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(chunk.error.message, chunk.error);
-      yield chunk;
+      yield parsed(data);
     }
     throw new ApiError("The connection ended before the answer was complete.");
+  }
+
+  /** Steps done, previews and finished pictures, as they arrive. Throws as `chat` does. */
+  async *images(body, signal) {
+    const asked = { ...body, stream: true, stream_progress: true };
+    for await (const data of this.stream("/v1/images/generations", asked, signal)) {
+      if (data !== "[DONE]") yield parsed(data);
+    }
+  }
+
+  async *stream(path, body, signal) {
+    const headers = { "Content-Type": "application/json" };
+    const response = await this.request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+    yield* events(response.body);
   }
 
   async request(path, { headers = {}, ...options } = {}) {
@@ -63,6 +70,12 @@ class Api {
   }
 }
 
+function parsed(data) {
+  const event = JSON.parse(data);
+  if (event.error) throw new ApiError(event.error.message, event.error);
+  return event;
+}
+
 /** The data of server-sent events; comments and other fields are dropped. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
@@ -71,7 +84,9 @@ async function* events(stream) {
     while (true) {
       const { value, done } = await reader.read();
       if (done) return;
-      const parts = (rest + value).split(/\r?\n\r?\n/);
+      rest += value;
+      if (!value.includes("\n")) continue; // the middle of a picture
+      const parts = rest.split(/\r?\n\r?\n/);
       rest = parts.pop();
       for (const part of parts) {
         const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));

@@ -1,78 +1,73 @@
-// The page around the panels: models, tabs (one for each kind of model that is served), API key, settings drawer.
+// The page around the panels: models, tabs, API key, settings drawer.
 
 class App {
   constructor() {
     this.api = new Api();
-    this.settings = new Settings();
     this.models = [];
     this.picker = byId("model");
-    this.chosen = new Store("localStorage", "model");
-    const chat = new Chat({
-      api: this.api,
-      settings: this.settings,
-      model: () => (this.models.length ? this.picker.value : null),
-      askForKey: (reason, retry) => this.askForKey(reason, retry),
-    });
-    this.tabs = [{ kind: "text", title: "Chat", node: byId("panel-text"), panel: chat }];
-    this.tab = this.tabs[0];
+    this.chosen = { text: new Store("localStorage", "model"), image: new Store("localStorage", "image-model") };
+    this.panels = [new Chat(this.given("text")), new Images(this.given("image"))];
+    this.tabs = new Tabs(this.panels, (panel) => this.shown(panel));
 
-    byId("new-chat").addEventListener("click", () => this.tab.panel.clear());
+    byId("new-chat").addEventListener("click", () => this.panels[0].clear());
     byId("open-key").addEventListener("click", () => this.askForKey());
     byId("toggle-settings").addEventListener("click", () => this.showSettings(byId("settings").hidden));
     byId("close-settings").addEventListener("click", () => this.showSettings(false));
+    byId("reset-settings").addEventListener("click", () => this.tabs.panel.settings.fill({}));
     this.picker.addEventListener("change", () => {
-      this.chosen.set(this.picker.value);
-      this.describe();
+      const { panel } = this.tabs;
+      this.chosen[panel.kind].set(this.picker.value);
+      panel.describe(this.model(panel.kind));
     });
     document.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || byId("key-dialog").open) return;
-      if (this.tab.panel.isRunning) this.tab.panel.stop();
+      if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+      if (this.tabs.panel.isRunning) this.tabs.panel.stop();
       else if (isNarrow()) this.showSettings(false);
     });
     if (matchMedia("(min-width: 75rem)").matches) this.showSettings(true);
+    this.tabs.panel.focus();
     this.markKey();
     this.load();
   }
 
+  /** What the panel of a kind is given. */
+  given(kind) {
+    return {
+      kind,
+      api: this.api,
+      model: () => this.model(kind)?.id ?? null,
+      askForKey: (reason, retry) => this.askForKey(reason, retry),
+      onChange: () => this.tabs.mark(kind),
+    };
+  }
+
   async load() {
+    let reason = "";
     try {
       this.models = await this.api.models();
     } catch (error) {
       this.models = [];
-      if (error.status === 401) this.askForKey(error.message);
-      byId("welcome-model").textContent = error.message;
+      reason = error.message;
+      if (error.status === 401) this.askForKey(reason);
     }
-    const kinds = this.tabs.filter(({ kind }) => this.models.some((model) => kindOf(model) === kind));
-    byId("tabs").hidden = kinds.length < 2;
-    byId("tabs").replaceChildren(...kinds.map((tab) => this.tabButton(tab)));
-    this.select(kinds[0] ?? this.tabs[0]);
+    for (const panel of this.panels) panel.describe(this.model(panel.kind), reason);
+    this.tabs.serve(this.models);
   }
 
-  tabButton(tab) {
-    const onclick = () => this.select(tab);
-    return element("button", { type: "button", role: "tab", "aria-controls": tab.node.id, onclick }, tab.title);
+  /** The model chosen among those of a kind; null when none is served. */
+  model(kind) {
+    const served = this.models.filter((model) => kindOf(model) === kind);
+    return served.find(({ id }) => id === this.chosen[kind].value) ?? served[0] ?? null;
   }
 
-  select(tab) {
-    this.tab = tab;
-    for (const { node } of this.tabs) node.hidden = node !== tab.node;
-    for (const button of byId("tabs").children) {
-      button.setAttribute("aria-selected", String(button.getAttribute("aria-controls") === tab.node.id));
-    }
-    const names = this.models.filter((model) => kindOf(model) === tab.kind).map(({ id }) => id);
+  shown(panel) {
+    const names = this.models.filter((model) => kindOf(model) === panel.kind).map(({ id }) => id);
     this.picker.replaceChildren(...(names.length ? names : ["No model"]).map((id) => element("option", {}, id)));
     this.picker.disabled = names.length < 2;
-    if (names.includes(this.chosen.value)) this.picker.value = this.chosen.value;
-    this.describe();
-  }
-
-  describe() {
-    const model = this.models.find(({ id }) => id === this.picker.value);
-    if (model) {
-      const length = model.max_model_len ? ` · ${model.max_model_len.toLocaleString("en")} tokens of context` : "";
-      byId("welcome-model").textContent = `${model.id}${length}`;
-    }
-    this.tab.panel.refresh();
+    if (names.length) this.picker.value = this.model(panel.kind).id;
+    byId("new-chat").hidden = panel.kind !== "text";
+    for (const each of this.panels) each.settings.form.hidden = each !== panel;
+    panel.refresh();
   }
 
   showSettings(isShown) {
@@ -102,7 +97,6 @@ class App {
   }
 }
 
-const kindOf = (model) => model.kind ?? "text";
 const isNarrow = () => matchMedia("(max-width: 52rem)").matches;
 
 new App();

@@ -7,9 +7,25 @@ const SUGGESTIONS = [
   "As JSON: Ada is 36 years old and lives in London.",
 ];
 
+const SAMPLING = [
+  { name: "system", label: "System prompt", type: "text", hint: "You are …" },
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, neutral: 1 },
+  { name: "top_p", label: "Top-p", min: 0.01, max: 1, step: 0.01, neutral: 1 },
+  { name: "top_k", label: "Top-k", min: 0, step: 1, hint: "all" },
+  { name: "max_tokens", label: "Max tokens", min: 1, step: 1, hint: "no limit" },
+  { name: "seed", label: "Seed", step: 1, hint: "random" },
+  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, neutral: 0 },
+  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, neutral: 0 },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, neutral: 1 },
+];
+
 class Chat {
-  constructor({ api, settings, model, askForKey }) {
-    Object.assign(this, { api, settings, model, askForKey });
+  name = "chat";
+
+  constructor({ kind, api, model, askForKey, onChange }) {
+    Object.assign(this, { kind, api, model, askForKey, onChange });
+    this.settings = new Settings(byId("settings-form"), { store: "settings", prefix: "setting" });
+    this.settings.show(SAMPLING);
     this.turns = [];
     this.abort = null;
     this.list = byId("turns");
@@ -38,11 +54,17 @@ class Chat {
     const suggestion = (text) => element("button", { type: "button", onclick: () => this.send(text) }, text);
     byId("suggestions").append(...SUGGESTIONS.map(suggestion));
     this.refresh();
-    this.focus();
   }
 
   get isRunning() {
     return this.abort !== null;
+  }
+
+  /** The model that answers next; without one, the reason. */
+  describe(model, reason = "") {
+    const length = model?.max_model_len ? ` · ${model.max_model_len.toLocaleString("en")} tokens of context` : "";
+    byId("welcome-model").textContent = model ? `${model.id}${length}` : reason;
+    this.refresh();
   }
 
   /** What the buttons may do now. */
@@ -120,12 +142,13 @@ class Chat {
 
   /** Ask the model to go on, and show its answer while it comes. */
   async answer() {
-    const { system, sampling } = this.settings.values();
+    const { system, ...sampling } = this.settings.values();
     const messages = this.history();
     if (system) messages.unshift({ role: "system", content: system });
     const abort = (this.abort = new AbortController());
     const turn = new AssistantTurn(this);
     this.append(turn);
+    this.onChange();
     let isDrawing = false;
     const draw = () => {
       isDrawing = false;
@@ -152,6 +175,7 @@ class Chat {
       if (this.abort === abort) this.abort = null;
       this.refresh();
       this.scroll();
+      this.onChange();
     }
   }
 }

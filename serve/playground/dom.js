@@ -48,6 +48,13 @@ async function copy(text) {
   area.remove();
 }
 
+/** What went wrong, in the server's own words, with a button that tries again. */
+function failure(error, again) {
+  const about = [error.status, error.code || error.type].filter(Boolean).join(" · ");
+  const button = element("button", { class: "quiet", type: "button", onclick: again }, "Try again");
+  return element("div", { class: "error", role: "alert" }, element("p", {}, error.message), element("p", {}, about), button);
+}
+
 function announce(message) {
   byId("status").textContent = message;
 }
@@ -56,6 +63,12 @@ function fitHeight(area) {
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight}px`;
 }
+
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
+const rounded = (value) => (value < 10 ? value.toFixed(1) : String(Math.round(value)));
+
+const duration = (ms) => (ms < 1000 ? `${Math.max(1, Math.round(ms))} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 /** localStorage or sessionStorage that may be switched off: then values live as long as the page. */
 class Store {

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from importlib import resources
 
-SCRIPTS = ("dom.js", "markdown.js", "api.js", "settings.js", "turn.js", "chat.js", "app.js")
+STYLES = ("style.css", "images.css")
+SCRIPTS = (
+    "dom.js", "api.js", "settings.js",
+    "markdown.js", "turn.js", "chat.js",
+    "picture.js", "generation.js", "gallery.js", "viewer.js", "size.js", "images.js",
+    "tabs.js", "app.js",
+)  # fmt: skip
 """In this order: they share one scope."""
 
 
 def render() -> str:
     """The page's HTML."""
+    style = "\n".join(map(_read, STYLES))
     script = "\n".join(['"use strict";', *map(_read, SCRIPTS)])
-    return _read("index.html").replace("/* STYLE */", _read("style.css")).replace("/* SCRIPT */", script)
+    return _read("index.html").replace("/* STYLE */", style).replace("/* SCRIPT */", script)
 
 
 def _read(name: str) -> str:

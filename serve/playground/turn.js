@@ -53,7 +53,6 @@ class AssistantTurn {
     const text = element("div", { class: "text" });
     this.markdown = new Markdown(text);
     this.stats = element("div", { class: "stats" });
-    this.error = element("div", { class: "error", role: "alert", hidden: true });
     this.copyButton = copyButton("Copy answer", () => this.text);
     this.actions = element(
       "div",
@@ -61,8 +60,8 @@ class AssistantTurn {
       this.copyButton,
       iconButton("again", "Generate again", () => chat.generateAgain(this)),
     );
-    const foot = element("div", { class: "foot" }, this.actions, this.stats);
-    this.node = element("article", { class: "turn turn-assistant running", "aria-label": "Answer" }, text, this.error, foot);
+    this.foot = element("div", { class: "foot" }, this.actions, this.stats);
+    this.node = element("article", { class: "turn turn-assistant running", "aria-label": "Answer" }, text, this.foot);
   }
 
   /** A chunk of the stream. */
@@ -94,13 +93,7 @@ class AssistantTurn {
   fail(error) {
     this.finish("error");
     this.actions.hidden = !this.text;
-    const about = [error.status, error.code || error.type].filter(Boolean).join(" · ");
-    this.error.hidden = false;
-    this.error.replaceChildren(element("p", {}, error.message));
-    if (about) this.error.append(element("p", {}, about));
-    this.error.append(
-      element("button", { class: "quiet", type: "button", onclick: () => this.chat.generateAgain(this) }, "Try again"),
-    );
+    this.foot.before(failure(error, () => this.chat.generateAgain(this)));
   }
 
   /** Tokens, tokens a second between the first and the last, time to the first token, and why it ended. */
@@ -108,7 +101,7 @@ class AssistantTurn {
     if (this.firstAt === null) return this.reason === "stopped" ? ["stopped"] : [];
     const numTokens = this.usage?.completion_tokens ?? this.numChunks;
     const seconds = (this.lastAt - this.firstAt) / 1000;
-    const figures = [`${this.usage ? "" : "≈ "}${numTokens} ${numTokens === 1 ? "token" : "tokens"}`];
+    const figures = [`${this.usage ? "" : "≈ "}${plural(numTokens, "token")}`];
     if (seconds > 0 && numTokens > 1) figures.push(`${rounded((numTokens - 1) / seconds)} tokens/s`);
     figures.push(`TTFT ${duration(this.firstAt - this.startedAt)}`);
     if (this.usage && this.reason) {
@@ -119,14 +112,6 @@ class AssistantTurn {
     if (ends[this.reason]) figures.push(ends[this.reason]);
     return figures;
   }
-}
-
-function rounded(value) {
-  return value < 10 ? value.toFixed(1) : String(Math.round(value));
-}
-
-function duration(ms) {
-  return ms < 1000 ? `${Math.max(1, Math.round(ms))} ms` : `${(ms / 1000).toFixed(1)} s`;
 }
 
 /** Enter, but not while an input method is composing a character. */

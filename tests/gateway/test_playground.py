@@ -3,144 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import browser as chromium
 import pytest
-import uvicorn
 from gateway_fakes import fake_gateway, ids
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from playground_server import SHORT, FakeServer
 
-from serve.gateway.pages import html_page
 from serve.gateway.server import GatewayServer
 from serve.options import GatewayOptions
-from serve.playground import page
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not (chromium.CHROMIUM and chromium.CHROMEDRIVER), reason="needs chromium and chromedriver"),
 ]
-SHORT = "The sum of **47** and `38` is 85.\n\n```python\nprint(47 + 38)  # <b>85</b>\n```\n\nDone."
-
-
-@dataclass
-class FakeServer:
-    """Streams `answer` word by word, then `ending`; remembers what it was asked and who left."""
-
-    answer: str = SHORT
-    ending: str = "stop"  # or "endless", "error", "cut"
-    key: str | None = None
-    refusal: tuple[int, dict[str, Any]] | None = None
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    pause_after: int | None = None
-    """Words before the stream waits for `resume`."""
-    resume: threading.Event = field(default_factory=threading.Event)
-    left: threading.Event = field(default_factory=threading.Event)
-    url: str = ""
-
-    def app(self) -> Starlette:
-        routes = [
-            Route("/", self.index),
-            Route("/v1/models", self.models),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-        ]
-        return Starlette(routes=routes)
-
-    async def index(self, request: Request) -> Response:
-        return html_page(page.render())
-
-    async def models(self, request: Request) -> Response:
-        if (refusal := self.refused(request)) is not None:
-            return refusal
-        names = [("tandem-text", 2048), ("other-text", 32768)]
-        data = [{"id": name, "object": "model", "max_model_len": length} for name, length in names]
-        return JSONResponse(
-            {"object": "list", "data": [*data, {"id": "tandem-image", "object": "model", "kind": "image"}]}
-        )
-
-    async def chat(self, request: Request) -> Response:
-        if (refusal := self.refused(request)) is not None:
-            return refusal
-        self.bodies.append(json.loads(await request.body()))
-        if self.refusal is not None:
-            return JSONResponse({"error": self.refusal[1]}, status_code=self.refusal[0])
-        return StreamingResponse(self.stream(), media_type="text/event-stream")
-
-    def refused(self, request: Request) -> Response | None:
-        if self.key is None or request.headers.get("authorization") == f"Bearer {self.key}":
-            return None
-        return JSONResponse({"error": {"message": "this server needs an API key", "code": "invalid_api_key"}}, 401)
-
-    async def stream(self) -> AsyncIterator[str]:
-        def event(choices: list[Any], **more: Any) -> str:
-            return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
-
-        words = self.answer.split(" ")
-        try:
-            yield event([{"index": 0, "delta": {"role": "assistant", "content": ""}}])
-            yield ": still working\n\n"
-            for index, word in enumerate(words):
-                await asyncio.sleep(0.002)  # a model's pace
-                while index == self.pause_after and not self.resume.is_set():
-                    await asyncio.sleep(0.01)
-                yield event([{"index": 0, "delta": {"content": f" {word}" if index else word}}])
-            while self.ending == "endless":
-                await asyncio.sleep(0.01)
-                yield event([{"index": 0, "delta": {"content": " on"}}])
-            if self.ending == "error":
-                yield event(
-                    [], error={"message": "the replica was lost", "type": "server_error", "code": "replica_lost"}
-                )
-                return
-            if self.ending == "cut":
-                return
-            yield event([{"index": 0, "delta": {}, "finish_reason": self.ending}])
-            usage = {"prompt_tokens": 23, "completion_tokens": 42, "prompt_tokens_details": {"cached_tokens": 16}}
-            yield event([], usage=usage)
-            yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            self.left.set()
-            raise
-
-
-@pytest.fixture(scope="module")
-def window() -> Iterator[chromium.Browser]:
-    with chromium.browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    config = uvicorn.Config(fake.app(), log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn_server = uvicorn.Server(config)
-    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield fake
-    uvicorn_server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture
-def tab(window: chromium.Browser, server: FakeServer) -> Iterator[chromium.Browser]:
-    """The page, opened in an empty window of a desktop's size; it must not complain."""
-    window.screen(1280, 800)
-    window.open("about:blank")
-    window.complaints()
-    yield window
-    complaints = [entry for entry in window.complaints() if "Failed to load resource" not in entry]
-    assert complaints == []
 
 
 def open_page(tab: chromium.Browser, server: FakeServer) -> None:
