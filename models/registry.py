@@ -14,7 +14,7 @@ import torch
 
 from models.text import llama, mistral, qwen2, qwen3
 from models.text.architecture import DenseArchitecture, read_eos
-from models.text.base import CausalLM
+from models.text.base import CausalLM, ModelError
 from models.text.decoder import Decoder
 from models.weights import Progress, fill_dummy, load_weights
 
@@ -24,10 +24,6 @@ NATIVE: dict[str, Callable[[dict[str, Any]], DenseArchitecture]] = {
     "Qwen2ForCausalLM": qwen2.read,
     "Qwen3ForCausalLM": qwen3.read,
 }
-
-
-class ModelError(ValueError):
-    """The checkpoint is not one this package can compute; the message says what it is and what would work."""
 
 
 def load_text_model(
@@ -48,7 +44,12 @@ def load_text_model(
     config = read_config(folder)
     read = NATIVE.get(architecture_name(config))
     if read is None:
-        return _load_foreign(folder, config, device, dtype, load_format, max_model_len)
+        # Imported here: transformers takes as long to import as a small model takes to load.
+        from models.text.hf import load_transformers
+
+        return load_transformers(
+            folder, config, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len
+        )
     try:
         architecture = read(config)
     except ValueError as error:
@@ -68,25 +69,6 @@ def load_text_model(
     return model
 
 
-def _load_foreign(
-    folder: Path,
-    config: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    load_format: str,
-    max_model_len: int | None,
-) -> CausalLM:
-    # Imported here: transformers takes as long to import as a small model takes to load.
-    from models.text.hf import UnsupportedModel, load_transformers
-
-    try:
-        return load_transformers(
-            folder, config, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len
-        )
-    except UnsupportedModel as error:
-        raise ModelError(str(error)) from error
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json`, its end-of-sequence ids joined by those of `generation_config.json`. Raises ModelError."""
     config = _read_json(folder / "config.json")
@@ -103,9 +85,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def architecture_name(config: dict[str, Any]) -> str:
     """The class name checkpoints are known by."""
     names = config.get("architectures")
-    if not names:
-        raise ModelError(f"config.json names no architectures (model_type {config.get('model_type')!r})")
-    return str(names[0])
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelError(
+            f"architectures in config.json is {names!r}; a list with a class name is needed, as ['LlamaForCausalLM'] "
+            f"(model_type is {config.get('model_type')!r})"
+        )
+    return names[0]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

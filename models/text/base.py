@@ -13,6 +13,10 @@ import torch
 from models.attention.base import AttentionBackend
 
 
+class ModelError(ValueError):
+    """The checkpoint is not one this package can compute; the message says what it is and what would work."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """The geometry of a decoder, read from a checkpoint's `config.json`. Sizes the KV cache."""

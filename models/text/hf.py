@@ -20,25 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.sdpa import SdpaAttention
 from models.layers import MIN_ROWS
 from models.text.architecture import read_eos
-from models.text.base import DecoderSpec, StepContext
+from models.text.base import DecoderSpec, ModelError, StepContext
 
 _NAME = "tandem_paged"
-_HARMLESS = {"dropout", "position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
+_HARMLESS = {"dropout", "position_ids", "output_attentions", "use_cache", "cache_position"}
 """Arguments of transformers' attention functions that change nothing for a causal step without dropout."""
-
-
-class UnsupportedModel(ValueError):
-    """transformers knows the model, but it cannot run on KV blocks."""
 
 
 @dataclass(slots=True)
@@ -59,14 +58,14 @@ class TransformersDecoder:
     """A `CausalLM` around a transformers model."""
 
     def __init__(self, model: PreTrainedModel, *, eos_token_ids: tuple[int, ...], num_positions: int | None = None):
-        """`num_positions`: positions that will be served; LongRoPE chooses by it. Raises UnsupportedModel."""
+        """`num_positions`: positions that will be served; LongRoPE chooses by it. Raises ModelError."""
         self._model = model.eval().requires_grad_(False)
         self._name = type(model).__name__
         self._base = model.base_model
         if getattr(model, "_is_stateful", False):
-            raise UnsupportedModel(f"{self._name} keeps a state beside keys and values; it cannot be served")
+            raise ModelError(f"{self._name} keeps a state beside keys and values; it cannot be served")
         if self._base is model:
-            raise UnsupportedModel(f"{self._name} has no decoder separate from its head; it cannot be served")
+            raise ModelError(f"{self._name} has no decoder separate from its head; it cannot be served")
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
         self._min_rows = MIN_ROWS if model.device.type == "cpu" else 1
@@ -114,14 +113,14 @@ class TransformersDecoder:
         layers = [layer for layer, _, _ in step.calls]
         shapes = {(kv_heads, head_dim) for _, kv_heads, head_dim in step.calls}
         if layers != list(range(config.num_hidden_layers)) or len(shapes) != 1:
-            raise UnsupportedModel(
+            raise ModelError(
                 f"{self._name} does not attend once in each of its {config.num_hidden_layers} layers with heads of one "
                 f"shape (it did in {layers}, with {sorted(shapes)}); it needs more than KV blocks and cannot be served"
             )
         ((kv_heads, head_dim),) = shapes
         longest = getattr(config, "max_position_embeddings", None)
         if longest is None:
-            raise UnsupportedModel(f"the config of {self._name} gives no max_position_embeddings; it cannot be served")
+            raise ModelError(f"the config of {self._name} gives no max_position_embeddings; it cannot be served")
         return DecoderSpec(
             architecture=self._name,
             num_layers=config.num_hidden_layers,
@@ -155,7 +154,7 @@ class TransformersDecoder:
         error = (mixed - alone[5:]).float().norm() / alone[5:].float().norm()
         # Rounding: 1e-6 in float32, some 1e-2 through many layers of bfloat16. A missing history is of order one.
         if not error < (1e-3 if spec.dtype == torch.float32 else 1e-1):
-            raise UnsupportedModel(
+            raise ModelError(
                 f"{self._name} computes another result when a prompt is cut or batched (relative difference "
                 f"{error:.2g}); it keeps a state beside the KV blocks and cannot be served"
             )
@@ -170,17 +169,18 @@ def load_transformers(
     load_format: str,
     max_model_len: int | None,
 ) -> TransformersDecoder:
-    """The model in `folder` as transformers builds it; never code from the folder. Raises UnsupportedModel."""
+    """The model in `folder` as transformers builds it; never code from the folder. Raises ModelError."""
+    _require_causal_lm(config)
     AttentionInterface.register(_NAME, _attend)
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         wanted = dtype or parsed.dtype or torch.float32
         if load_format == "dummy":
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(parsed, dtype=wanted, attn_implementation=_NAME)
+            missing: list[str] = []
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=parsed,
                 dtype=wanted,
@@ -188,11 +188,45 @@ def load_transformers(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
             )
-    except (ValueError, KeyError, ImportError) as error:
-        own = "it needs Python code of its own (auto_map), which is never run; " if "auto_map" in config else ""
-        raise UnsupportedModel(f"{architecture} cannot be loaded: {own}{error}") from error
+            model, report = loaded
+            missing = sorted(report["missing_keys"])
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"transformers cannot load {folder} ({config['architectures'][0]}): {reason}") from error
+    if missing:  # transformers fills them with random numbers
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]!r} for one; "
+            f"download the whole checkpoint of a causal language model"
+        )
     return TransformersDecoder(model.to(device), eos_token_ids=read_eos(config), num_positions=max_model_len)
+
+
+def _require_causal_lm(config: dict[str, Any]) -> None:
+    """Raise ModelError unless the checkpoint is of a class that generates text and that transformers knows.
+
+    transformers itself would build the model type's decoder around whatever weights there are, an encoder's say.
+    """
+    architecture, kind = config["architectures"][0], config.get("model_type") or ""
+    if kind not in CONFIG_MAPPING_NAMES:
+        remedy = (
+            "it comes with Python code of its own (auto_map), which is never run"
+            if "auto_map" in config
+            else "upgrade transformers if the model is newer, or correct model_type in config.json"
+        )
+        raise ModelError(
+            f"{architecture} has the model_type {kind!r}, which transformers {transformers.__version__} does not "
+            f"know; {remedy}"
+        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if known is None or (architecture != known and not architecture.endswith("ForCausalLM")):
+        raise ModelError(
+            f"{architecture} does not generate text token by token; "
+            f"give a checkpoint of {known or 'an architecture that ends in ForCausalLM'}"
+        )
 
 
 class _Given(nn.Module):
@@ -226,18 +260,23 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: tensors come as [1, heads, T, H], and go back as [1, T, heads, H]."""
     step = _step.get()
     unknown = sorted(name for name, given in others.items() if given is not None and name not in _HARMLESS)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ModelError(
+            f"{type(module).__name__} lets tokens see those behind them, as encoders do; it cannot generate text"
+        )
     if unknown:
-        raise UnsupportedModel(f"{type(module).__name__} attends with {', '.join(unknown)}, which is not computed here")
+        raise ModelError(f"{type(module).__name__} attends with {', '.join(unknown)}, which is not computed here")
     if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
-        raise UnsupportedModel(f"{type(module).__name__} has keys and values of different shapes; it cannot be served")
+        raise ModelError(f"{type(module).__name__} has keys and values of different shapes; it cannot be served")
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise UnsupportedModel(f"{type(module).__name__} does not say which layer it is; it cannot be served")
+        raise ModelError(f"{type(module).__name__} does not say which layer it is; it cannot be served")
     step.calls.append((layer, key.shape[1], key.shape[3]))
     num, cache = step.num_tokens, step.context.kv_cache
     out_TNH = step.context.attention.attend(

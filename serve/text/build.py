@@ -15,9 +15,9 @@ import torch
 
 from models.attention.base import KVCacheSpec
 from models.attention.build import make_attention
-from models.registry import ModelError, load_text_model
+from models.registry import load_text_model
 from models.source import SourceError, kind_of, resolve
-from models.text.base import CausalLM
+from models.text.base import CausalLM, ModelError
 from models.weights import WeightsError
 from serve.compute import choose_device, choose_dtype, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine

@@ -118,7 +118,7 @@ def test_index_reaches_only_files_beside_it(tmp_path: Path, name: str, message: 
         ({"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
         ({"num_attention_heads": None}, "num_attention_heads"),
-        ({"architectures": None}, "names no architectures"),
+        ({"architectures": None}, "architectures in config.json is None"),
     ],
 )
 def test_config_that_cannot_be_computed_is_refused_by_field(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from paged import PagedModel
+from safetensors.torch import load_file, save_file
 from tiny import HF_FAMILIES, tiny_folder, tiny_model
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
     FalconH1Config,
     FalconH1ForCausalLM,
     GptOssConfig,
@@ -16,6 +22,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5Model,
 )
 
 from models.registry import ModelError, load_text_model
@@ -100,6 +110,51 @@ def test_model_that_needs_more_than_blocks_is_refused(tmp_path: Path, kind: str)
         load_text_model(tmp_path, device=CPU)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BertModel(bert()), "^BertModel does not generate text token by token; .* BertLMHeadModel$"),
+        (lambda: BertForMaskedLM(bert()), "^BertForMaskedLM does not generate .* BertLMHeadModel$"),
+        (lambda: RobertaForCausalLM(RobertaConfig(**ENCODER)), "RobertaSelfAttention lets tokens see those behind"),
+        (lambda: tiny_model("qwen3").model, "^Qwen3Model does not generate .* Qwen3ForCausalLM$"),
+        (lambda: T5Model(T5Config(**T5)), "^T5Model does not generate .* ends in ForCausalLM$"),
+    ],
+    ids=["encoder", "masked", "encoder-as-decoder", "headless", "encoder-decoder"],
+)
+def test_model_that_does_not_generate_text_is_refused_in_one_line(tmp_path: Path, make, message: str) -> None:
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_text_model(tmp_path, device=CPU)
+
+
+def test_weights_that_transformers_would_make_up_are_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "olmo2")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of Olmo2ForCausalLM, 'lm_head.weight' for one"):
+        load_text_model(folder, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"architectures": ["NewForCausalLM"], "model_type": "new"},
+            f"^NewForCausalLM has the model_type 'new', which transformers {transformers.__version__} does not know; "
+            "upgrade transformers if the model is newer, or correct model_type in config.json$",
+        ),
+        ({"architectures": ["NewForCausalLM"]}, "has the model_type ''"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures in config.json is 'LlamaForCausalLM'; a list"),
+        ({"model_type": "llama"}, "architectures in config.json is None"),
+    ],
+)
+def test_unknown_architecture_is_refused_in_one_line(tmp_path: Path, config, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        load_text_model(tmp_path, device=CPU)
+
+
 def test_repository_code_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"architectures": ["OwnForCausalLM"], "model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
@@ -113,6 +168,14 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
     return logits
+
+
+ENCODER = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+
+
+def bert() -> BertConfig:
+    return BertConfig(**ENCODER, intermediate_size=32)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
