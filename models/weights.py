@@ -84,9 +84,12 @@ def fill_dummy(parameters: Mapping[str, torch.Tensor], *, seed: int = 0, progres
                 progress(done, total)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in a fixed order: what the index names, or the single file."""
-    index = folder / "model.safetensors.index.json"
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a checkpoint, in a fixed order: what the index names, or the single file.
+
+    `stem`: how their names begin; transformers writes "model", diffusers "diffusion_pytorch_model".
+    """
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -99,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
             if not (folder / name).is_file():
                 raise WeightsError(f"{index} names {name!r}, which is not there; download the rest of the model")
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
+    single = folder / f"{stem}.safetensors"
     if single.is_file():
         return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -108,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"convert them to safetensors"
         )
     raise WeightsError(
-        f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
+        f"{folder} holds neither {stem}.safetensors nor {stem}.safetensors.index.json; "
         f"download the weights or use the load format 'dummy'"
     )
 

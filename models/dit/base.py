@@ -1,20 +1,23 @@
-"""What every diffusion transformer offers to the step loop: encode prompts, predict for a batch of rows, decode latents.
+"""What a diffusion transformer offers to the step loop: encode prompts, predict for a batch of rows, decode latents.
 
 A family is one file beside this one, over the components of its diffusers pipeline. It holds weights and no state of a
 request: latents, time and conditioning come in with each call, so rows of one forward may belong to requests at
-different steps, with different step counts, guidance and solvers. What must be equal within a forward is only the shape.
+different steps, with different step counts, guidance and solvers. What must be equal within a forward is the shape.
+
+Latents are float32 whatever the model computes in: a step moves them by a few percents, and bfloat16 keeps two digits,
+so over fifty steps the roundings would add up to a visible error. The forward casts them on entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Legend: R rows of a forward, B images, C latent channels, H and W latent height and width, P and Q the image's in pixels
+# Legend: R rows of a forward, B images, C latent channels, H and W latent height and width, P and Q those in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class DiTSpec:
     """The checkpoint's `scheduler_config.json`."""
     sizes: tuple[tuple[int, int], ...] = ()
     """The only (width, height) there are; empty: any within the limits above."""
+    max_side: int = 0
+    """The longest width or height in pixels that the table of positions holds; 0: only `max_pixels` counts."""
 
 
 class DiT(Protocol):
@@ -84,3 +89,9 @@ class DiT(Protocol):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pixels (B, 3, P, Q) in 0..1, float32, of finished latents of one shape."""
         ...
+
+
+def count_parameters(components: Iterable[object]) -> int:
+    """Of all networks among a pipeline's components."""
+    networks = [component for component in components if isinstance(component, nn.Module)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
