@@ -15,13 +15,9 @@ import torch
 from torch.nn import functional as F
 
 MIN_ROWS = 4
-"""On CPU a product with fewer rows is padded to this many: MKL's float32 kernels round 1 to 3 rows differently from 4
-or more (bit-equal from there on, measured up to 600 rows at twelve shapes), and oneDNN's bfloat16 kernels are 20 to
-30 % faster at 4 rows than at 1 or 2 (4096 x 1024, one thread: 406 against 500 and 600 us)."""
-
-_PACK_FLOAT32 = 1 << 17
-"""Elements from which a float32 matrix is worth packing: 8192 took 23 us packed and 14 plain, 49152 were even, four
-million took 3.6 ms packed and 4.8 plain (32 rows, one thread)."""
+"""On CPU a product with fewer rows is padded to this many: packed float32 rounds a lone row differently at some shapes,
+and oneDNN's bfloat16 kernels are 20 to 30 % faster at 4 rows than at 1 or 2 (4096 x 1024, one thread, AMD EPYC: 406
+against 500 and 600 us)."""
 
 
 class Linear:
@@ -60,9 +56,12 @@ class Linear:
     def finish(self) -> None:
         """On CPU, reorder the weights once into oneDNN's blocked layout and drop the plain ones.
 
-        `F.linear` reorders them at every call instead: packed is 1.2 to 2 times faster in bfloat16.
+        Two reasons. `F.linear` reorders bfloat16 weights at every call: packed is 1.2 to 2 times faster. And in float32
+        a packed product gives a row the same bits among any number of rows (tried from 2 to 600 at ten shapes on an
+        Intel Xeon), where MKL's rounding changes with their number: a token does not depend on its batch. Small float32
+        matrices pay for that (8192 elements, 32 rows: 23 us packed, 14 plain). In bfloat16 with AMX it does not hold.
         """
-        if is_worth_packing(self.weight_ED):
+        if can_pack(self.weight_ED):
             # The second argument is the number of rows the layout is chosen for; 32 was never slower than 1 or 256.
             self.weight_ED = torch.ops.mkldnn._reorder_linear_weight(self.weight_ED, 32)
             self._is_packed = True
@@ -73,13 +72,13 @@ class Linear:
         return F.linear(x_TD, self.weight_ED, self.bias_E)
 
 
-def is_worth_packing(weight_ED: torch.Tensor) -> bool:
-    """Whether oneDNN computes with its own layout of `weight_ED` faster than with the plain one, on this machine."""
+def can_pack(weight_ED: torch.Tensor) -> bool:
+    """Whether oneDNN computes with a layout of its own for `weight_ED` on this machine."""
     if weight_ED.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight_ED.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight_ED.dtype == torch.float32 and weight_ED.numel() >= _PACK_FLOAT32
+    return weight_ED.dtype == torch.float32
 
 
 class RMSNorm:
@@ -105,8 +104,10 @@ class RMSNorm:
             return F.rms_norm(x, self.weight.shape[-1:], None, self._eps) * self.weight
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        scaled = x32 * torch.addcmul(self._eps_tensor, norm, norm, value=self._share).rsqrt_()
-        return scaled.to(x.dtype) * self.weight
+        scale = torch.addcmul(self._eps_tensor, norm, norm, value=self._share).rsqrt_()
+        if x32 is x:
+            return x * scale * self.weight
+        return x32.mul_(scale).to(x.dtype).mul_(self.weight)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

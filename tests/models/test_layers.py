@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.layers import MIN_ROWS, Linear, RMSNorm, is_worth_packing, swiglu
+from models.layers import MIN_ROWS, Linear, RMSNorm, can_pack, swiglu
 
 CPU = torch.device("cpu")
 
@@ -42,19 +42,15 @@ def test_linear_equals_torch_packed_or_not(
     torch.testing.assert_close(layer(x), expected, **tolerance)
 
 
-def test_small_float32_stays_plain_and_large_is_packed() -> None:
-    assert not is_worth_packing(torch.empty(64, 64))
-    assert is_worth_packing(torch.empty(1024, 1024)) == torch.backends.mkldnn.is_available()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (192, 576), (256, 768), (64, 2048), (512, 1024)])
-def test_row_does_not_depend_on_the_number_of_rows(
-    in_features: int, out_features: int, dtype: torch.dtype, random: torch.Generator
+def test_float32_row_does_not_depend_on_the_number_of_rows(
+    in_features: int, out_features: int, random: torch.Generator
 ) -> None:
-    layer = linear(in_features, out_features, dtype, random)
+    if not can_pack(torch.empty(64, 64)):
+        pytest.skip("this torch has no oneDNN: products in float32 round as the number of rows has it")
+    layer = linear(in_features, out_features, torch.float32, random)
     layer.finish()
-    x = torch.randn(130, in_features, generator=random).to(dtype)
+    x = torch.randn(130, in_features, generator=random)
     everything = layer(x)
     for num_rows in (*range(MIN_ROWS, 20), 31, 32, 33, 64, 100, 128):
         assert torch.equal(layer(x[:num_rows]), everything[:num_rows]), num_rows

@@ -15,7 +15,7 @@ NUM_BLOCKS = 96
 HEADS = ((4, 2, 16), (4, 4, 32), (6, 1, 64), (16, 8, 128))
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},  # sums over at most 600 keys
-    torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},  # eight bits of mantissa on values of size one
+    torch.bfloat16: {"atol": 5e-2, "rtol": 2e-2},  # eight bits of mantissa on scores up to 12 and values of size one
 }
 
 
