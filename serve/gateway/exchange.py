@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -30,9 +31,6 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """The engine enforces deadlines; when it does not answer at all, the gateway does this much later."""
-WRITE_BYTES = 256 << 10
-"""Written at once. The server's time for a slow reader holds for each write, so a large image is many."""
-
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -68,6 +66,7 @@ class Exchange(Response):
         self._is_silent = True
         self._is_over = False
         self._writing = asyncio.Lock()
+        self._unsent: deque[bytes] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._work = asyncio.create_task(self._answer(send))
@@ -118,7 +117,7 @@ class Exchange(Response):
             timer.cancel()
             await generation.aclose()
         if self._is_stream:
-            await self._write(send, prepared.format.ending(), is_last=True)
+            await self._write(send, [prepared.format.ending()], is_last=True)
         else:
             await self._send_json(send, await prepared.format.whole(collected))
 
@@ -129,34 +128,40 @@ class Exchange(Response):
                     message = await receive()
             except TimeoutError:
                 if self._is_stream and self._is_silent and self._context.is_accepted:
-                    await self._write(send, HEARTBEAT)
+                    await self._write(send, [HEARTBEAT])
                 self._is_silent = True
                 continue
             if message["type"] == "http.disconnect":
                 self._abort(ClientGone("the client closed the connection"))
                 return
 
-    async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
-        if not data and not is_last:
-            return
+    async def _write(self, send: Send, parts: Iterable[bytes], *, is_last: bool = False) -> None:
+        """Send events, and before them what was left when a cancelled write ended between two parts of one."""
         async with self._writing:
             if self._is_over:
                 return  # a heartbeat that waited for the last write
-            self._is_over = is_last
+            self._unsent.extend(parts)
+            if not self._unsent:
+                return
             self._is_silent = False
             if not self._has_started:
                 self._has_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": list(_STREAM_HEADERS)})
-            await _send_body(send, data, is_last=is_last)
+            while self._unsent:
+                more = not is_last or len(self._unsent) > 1
+                await send({"type": "http.response.body", "body": self._unsent[0], "more_body": more})
+                self._unsent.popleft()
+            self._is_over = is_last
 
     async def _send_json(
-        self, send: Send, body: bytes, status: int = 200, headers: tuple[tuple[str, str], ...] = ()
+        self, send: Send, parts: list[bytes], status: int = 200, headers: tuple[tuple[str, str], ...] = ()
     ) -> None:
-        fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        fields = [(b"content-type", b"application/json"), (b"content-length", str(sum(map(len, parts))).encode())]
         fields += [(name.encode(), value.encode()) for name, value in headers]
         self._has_started = True
         await send({"type": "http.response.start", "status": status, "headers": fields})
-        await _send_body(send, body, is_last=True)
+        for number, part in enumerate(parts, start=1):
+            await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
 
     async def _fail(self, error: BaseException, send: Send) -> None:
         self._context.error = error
@@ -165,13 +170,7 @@ class Exchange(Response):
         if isinstance(error, ClientGone):
             return
         if self._has_started and self._is_stream and self._prepared is not None:
-            await self._write(send, self._prepared.format.failure(error), is_last=True)
+            await self._write(send, [self._prepared.format.failure(error)], is_last=True)
         elif not self._has_started:
             failed = answer(error)
-            await self._send_json(send, failed.body, failed.status, failed.headers)
-
-
-async def _send_body(send: Send, data: bytes, *, is_last: bool) -> None:
-    for start in range(0, max(1, len(data)), WRITE_BYTES):
-        more = not is_last or start + WRITE_BYTES < len(data)
-        await send({"type": "http.response.body", "body": data[start : start + WRITE_BYTES], "more_body": more})
+            await self._send_json(send, [failed.body], failed.status, failed.headers)

@@ -18,7 +18,7 @@ from typing import Any
 from serve.events import DenoiseProgress, ImagePreview, Usage
 from serve.gateway.errors import error_event
 from serve.gateway.image_generation import ImageDone, ImagePiece
-from serve.gateway.wire import base64_json, encode_json, event
+from serve.gateway.wire import FILE, encode_json, event, with_files
 from serve.request import ImageRequest
 
 
@@ -44,8 +44,8 @@ class ImageFormat:
         identifier = shown.safety_identifier
         self._identifier = {"safety_identifier": identifier} if identifier else {}
 
-    async def events(self, pieces: list[ImagePiece]) -> bytes:
-        return b"".join([await self._event(piece) for piece in pieces])
+    async def events(self, pieces: list[ImagePiece]) -> list[bytes]:
+        return [part for piece in pieces for part in await self._event(piece)]
 
     def ending(self) -> bytes:
         return b""
@@ -53,9 +53,9 @@ class ImageFormat:
     def failure(self, error: BaseException) -> bytes:
         return error_event(error, "error")
 
-    async def whole(self, pieces: list[ImagePiece]) -> bytes:
+    async def whole(self, pieces: list[ImagePiece]) -> list[bytes]:
         done = sorted((piece for piece in pieces if isinstance(piece, ImageDone)), key=lambda image: image.index)
-        data = [{"b64_json": await base64_json(image.data), "seed": self._seed(image.index)} for image in done]
+        data = [{"b64_json": FILE, "seed": self._seed(image.index)} for image in done]
         answer = {
             "id": self._shown.id,
             "created": int(time.time()),
@@ -69,36 +69,26 @@ class ImageFormat:
             **self._identifier,
             "usage": image_usage([image.usage for image in done]),
         }
-        return encode_json(answer)
+        return await with_files(encode_json(answer), [image.data for image in done])
 
-    async def _event(self, piece: ImagePiece) -> bytes:
+    async def _event(self, piece: ImagePiece) -> list[bytes]:
+        told: dict[str, Any]
         match piece:
             case DenoiseProgress(index, step, num_steps):
-                if not self._shown.has_progress:
-                    return b""
-                return _named("progress", {"index": index, "step": step, "num_steps": num_steps})
+                told = {"index": index, "step": step, "num_steps": num_steps}
+                return [_named("progress", told)] if self._shown.has_progress else []
             case ImagePreview(index, number, step, data):
-                return _named(
-                    "partial_image",
-                    {**await self._picture(data), "partial_image_index": number, "index": index, "step": step},
-                )
+                told = {**self._picture(), "partial_image_index": number, "index": index, "step": step}
+                return await with_files(_named("partial_image", told), [data])
             case ImageDone(index, data, used):
-                return _named(
-                    "completed",
-                    {
-                        **await self._picture(data),
-                        **self._identifier,
-                        "usage": image_usage([used]),
-                        "index": index,
-                        "seed": self._seed(index),
-                        **self._effective(),
-                    },
-                )
+                told = {**self._picture(), **self._identifier, "usage": image_usage([used])}
+                told |= {"index": index, "seed": self._seed(index), **self._effective()}
+                return await with_files(_named("completed", told), [data])
 
-    async def _picture(self, data: bytes) -> dict[str, Any]:
+    def _picture(self) -> dict[str, Any]:
         """What both of OpenAI's events carry."""
         return {
-            "b64_json": await base64_json(data),
+            "b64_json": FILE,
             "created_at": int(time.time()),
             "size": self._size,
             "quality": "auto",

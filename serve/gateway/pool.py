@@ -125,10 +125,8 @@ class Pool:
         for model in self._models.values():
             if name == model.card.name or name in model.card.aliases:
                 if model.card not in known:
-                    raise InvalidRequest(
-                        f"{model.card.name} makes {model.card.kind}, this endpoint {kind}; it takes {_names(known)}",
-                        param="model",
-                    )
+                    kinds = f"is of kind {model.card.kind}, and this endpoint takes {kind}"
+                    raise InvalidRequest(f"{model.card.name} {kinds}: {_names(known)}", param="model")
                 return model.card
         if name in self._expected or not self._models:
             raise Unavailable("the model is not ready yet; try again soon")

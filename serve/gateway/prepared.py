@@ -33,8 +33,8 @@ class Generation(Protocol[P]):
 class Format(Protocol[P]):
     """How it is told."""
 
-    async def events(self, pieces: list[P]) -> bytes:
-        """Server-sent events, none for nothing to say."""
+    async def events(self, pieces: list[P]) -> list[bytes]:
+        """Server-sent events, in parts of at most some 100 KB; empty for nothing to say."""
         ...
 
     def ending(self) -> bytes:
@@ -45,8 +45,8 @@ class Format(Protocol[P]):
         """The last event of a stream that fails after its first byte."""
         ...
 
-    async def whole(self, pieces: list[P]) -> bytes:
-        """All pieces as one JSON answer."""
+    async def whole(self, pieces: list[P]) -> list[bytes]:
+        """All pieces as one JSON answer, in parts."""
         ...
 
 

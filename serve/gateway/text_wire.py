@@ -58,14 +58,14 @@ class TextFormat:
         self._envelope = envelope
         self._generation = generation
 
-    async def events(self, pieces: list[Piece]) -> bytes:
+    async def events(self, pieces: list[Piece]) -> list[bytes]:
         chunks = [chunk for piece in pieces for chunk in self._choices.chunks(piece, self._generation)]
         if self._envelope.has_running_usage:
             so_far = usage(self._generation.tokens())
             chunks = [{**chunk, "usage": so_far} for chunk in chunks]
         elif self._envelope.has_usage:
             chunks = [{**chunk, "usage": None} for chunk in chunks]
-        return b"".join(map(event, chunks))
+        return [b"".join(map(event, chunks))] if chunks else []
 
     def ending(self) -> bytes:
         if not self._envelope.has_usage:
@@ -76,8 +76,8 @@ class TextFormat:
     def failure(self, error: BaseException) -> bytes:
         return error_event(error)
 
-    async def whole(self, pieces: list[Piece]) -> bytes:
+    async def whole(self, pieces: list[Piece]) -> list[bytes]:
         by_choice: dict[int, list[Piece]] = {}
         for piece in pieces:
             by_choice.setdefault(piece.index, []).append(piece)
-        return encode_json(self._choices.whole(by_choice, self._generation))
+        return [encode_json(self._choices.whole(by_choice, self._generation))]

@@ -10,8 +10,7 @@ import pytest
 from gateway_fakes import Client, FakeBackend, call, fake_gateway
 from gateway_image_fakes import LATENT_TOKENS, FakeImageBackend, image_card, picture
 
-from serve.errors import Overloaded, ReplicaLost, RequestFailed
-from serve.gateway.exchange import WRITE_BYTES
+from serve.errors import Draining, Overloaded, ReplicaLost, RequestFailed
 from serve.gateway.wire import BASE64_BYTES
 
 PATH = "/v1/images/generations"
@@ -214,7 +213,7 @@ def test_files_of_any_size_arrive_whole(size, is_stream):
     reply = ask(FakeImageBackend(picture=lambda *_: data), stream=is_stream)
     entry = reply.chunks()[-1] if is_stream else reply.json()["data"][0]
     assert decoded(entry) == data
-    assert max(map(len, reply.parts)) <= WRITE_BYTES
+    assert max(map(len, reply.parts)) < 2 * BASE64_BYTES, "one write, and one turn of the event loop, is bounded"
     if not is_stream:
         assert int(reply.headers["content-length"]) == len(reply.body)
 
@@ -253,6 +252,34 @@ def test_failure_after_the_first_byte_is_one_error_event_and_no_completed():
     assert reply.status == 200 and reply.is_complete
     assert reply.names() == [PROGRESS, PROGRESS, "error"]
     assert json.loads(reply.data()[-1])["error"]["code"] == "request_failed"
+
+
+def test_failure_amid_an_event_lets_it_end_first():
+    """The reader is in the middle of a large event when the server's drain runs out: no half event, then the error."""
+
+    async def scenario():
+        data = bytes(5 * BASE64_BYTES)
+        backend = FakeImageBackend(picture=lambda *_: data)
+        async with fake_gateway(backend) as gateway:
+
+            async def app(scope, receive, send):
+                messages = []
+
+                async def stuck(message):
+                    messages.append(message)
+                    if len(messages) == 3:
+                        gateway.drain.abort(Draining("bye"))
+                        await asyncio.Event().wait()
+                    await send(message)
+
+                await gateway.app(scope, receive, stuck)
+
+            reply = await Client(app).request("POST", PATH, body(stream=True, n=2))
+            assert reply.names() == [COMPLETED, "error"] and reply.is_complete
+            assert decoded(reply.chunks()[0]) == data
+            assert reply.chunks()[1]["error"]["code"] == "draining" and not backend.open
+
+    run(scenario)
 
 
 def test_images_that_never_come_are_an_error():
