@@ -52,7 +52,8 @@ async function copy(text) {
 function failure(error, again) {
   const about = [error.status, error.code || error.type].filter(Boolean).join(" · ");
   const button = element("button", { class: "quiet", type: "button", onclick: again }, "Try again");
-  return element("div", { class: "error", role: "alert" }, element("p", {}, error.message), element("p", {}, about), button);
+  const said = [error.message, about].map((text) => element("p", {}, text));
+  return element("div", { class: "error", role: "alert" }, ...said, button);
 }
 
 function announce(message) {

@@ -8,6 +8,8 @@ const IMAGE_SUGGESTIONS = [
 ];
 const MAX_RUNNING = 4; // a browser opens six connections to one server; two are left for the chat and the models
 
+const MAX_SEED = Number.MAX_SAFE_INTEGER - 3; // of the first of four pictures; beyond it JavaScript counts in twos
+
 /** Below a million: short enough to be read out, and enough to find something new every time. */
 const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000;
 
@@ -100,13 +102,12 @@ class Images {
 
   /** Ask for what the composer and the settings say. Without a seed one is drawn here: it can be used again. */
   generate() {
-    const prompt = this.prompt.value.trim();
-    if (byId("generate").disabled && (this.refresh(), byId("generate").disabled)) return;
-    if (!this.form.reportValidity()) return;
+    this.refresh();
+    if (byId("generate").disabled || !this.form.reportValidity()) return;
     const { previews, ...settings } = this.settings.values();
     this.request({
       model: this.model(),
-      prompt,
+      prompt: this.prompt.value.trim(),
       n: Number(new FormData(this.form).get("count")),
       size: this.size.value,
       seed: drawSeed(),
@@ -194,15 +195,19 @@ class Images {
 }
 
 /** The settings of a model with these limits. */
-function imageControls({ num_inference_steps: steps, guidance_scale: guidance, max_steps, solvers = [], has_guidance = true }) {
+function imageControls({ num_inference_steps, guidance_scale, max_steps, solvers = [], has_guidance = true }) {
   const why = has_guidance ? undefined : "This model computes no guidance.";
+  const count = { type: "number", step: 1 };
+  const choice = (...options) => ({ type: "choice", options });
+  const [own = "model’s own", ...others] = solvers;
+  const solver = choice(["", `${own} (default)`], ...others.map((name) => [name, name]));
   return [
     { name: "negative_prompt", label: "Negative prompt", type: "text", hint: "What to avoid", why },
-    { name: "num_inference_steps", label: "Steps", min: 1, max: max_steps, step: 1, neutral: steps, hint: steps ? undefined : "default" },
-    { name: "guidance_scale", label: "Guidance", min: 0, max: 20, step: 0.1, neutral: guidance ?? 1, why },
-    { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, hint: "random", draw: drawSeed },
-    { name: "scheduler", label: "Solver", type: "choice", options: [["", solvers[0] ? `${solvers[0]} (default)` : "default"], ...solvers.slice(1).map((name) => [name, name])] },
-    { name: "previews", label: "Previews", type: "choice", options: [["", "3"], ["2", "2"], ["1", "1"], ["0", "none"]] },
-    { name: "output_format", label: "Format", type: "choice", options: [["", "PNG"], ["jpeg", "JPEG"], ["webp", "WebP"]] },
+    { name: "num_inference_steps", label: "Steps", ...count, min: 1, max: max_steps, neutral: num_inference_steps },
+    { name: "guidance_scale", label: "Guidance", min: 0, max: 20, step: 0.1, neutral: guidance_scale, why },
+    { name: "seed", label: "Seed", ...count, min: 0, max: MAX_SEED, hint: "random", draw: drawSeed },
+    { name: "scheduler", label: "Solver", ...solver },
+    { name: "previews", label: "Previews", ...choice(["", "3"], ["2", "2"], ["1", "1"], ["0", "none"]) },
+    { name: "output_format", label: "Format", ...choice(["", "PNG"], ["jpeg", "JPEG"], ["webp", "WebP"]) },
   ];
 }

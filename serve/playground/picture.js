@@ -21,11 +21,12 @@ class Picture {
     this.count = element("span", { class: "count" }, "waiting");
     this.facts = element("p", { class: "facts" }, this.count);
     this.buttons = element("div", { class: "actions" });
+    const prompt = element("p", { class: "prompt", title: request.prompt }, request.prompt);
     this.node = element(
       "figure",
       { class: "picture running" },
       element("div", { class: "mount" }, this.frame, this.bar),
-      element("figcaption", {}, element("p", { class: "prompt", title: request.prompt }, request.prompt), this.facts, this.buttons),
+      element("figcaption", {}, prompt, this.facts, this.buttons),
     );
   }
 
@@ -52,7 +53,6 @@ class Picture {
     this.steps = event.num_inference_steps ?? this.steps;
     this.guidance = event.guidance_scale ?? this.request.guidance_scale;
     this.solver = event.scheduler ?? this.request.scheduler;
-    this.base64 = event.b64_json;
     this.show(event, this.request.prompt);
     this.node.classList.remove("running");
     this.bar.remove();
@@ -92,18 +92,21 @@ class Picture {
   seedButton() {
     const title = `Use seed ${this.seed} again`;
     const onclick = () => this.actions.useSeed(this.seed);
-    return element("button", { class: "chip", type: "button", title, "aria-label": title, onclick }, icon("seed"), String(this.seed));
+    const properties = { class: "chip", type: "button", title, "aria-label": title, onclick };
+    return element("button", properties, icon("seed"), String(this.seed));
   }
 
   /** Named after what it shows, and after the seed that tells it from its siblings. */
   get fileName() {
-    const words = this.request.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-+|-+$/g, "");
-    return `${words || "picture"}-${this.seed}.${this.format === "jpeg" ? "jpg" : this.format}`;
+    const words = this.request.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
+    const ending = this.format === "jpeg" ? "jpg" : this.format;
+    return `${words.join("-").slice(0, 60)}-${this.seed}.${ending}`;
   }
 
   /** Through a blob: browsers cut data addresses of some megabytes. */
   download() {
-    const bytes = Uint8Array.from(atob(this.base64), (character) => character.charCodeAt(0));
+    const encoded = this.source.slice(this.source.indexOf(",") + 1);
+    const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
     const url = URL.createObjectURL(new Blob([bytes], { type: `image/${this.format}` }));
     const link = element("a", { href: url, download: this.fileName });
     document.body.append(link);

@@ -82,7 +82,7 @@ class Settings {
 
   /** With `max` a slider beside it, with `draw` a button that fills in what `draw()` gives. */
   number(row, { id, label, min, max, step, neutral, hint, draw }) {
-    const placeholder = hint ?? String(neutral);
+    const placeholder = hint ?? neutral ?? "default";
     const input = element("input", { id, type: "number", inputmode: "decimal", min, max, step, placeholder });
     row.append(input);
     if (max !== undefined && neutral !== undefined) {

@@ -44,8 +44,7 @@ class Viewer {
       Time: duration(1000 * picture.seconds),
     };
     const shown = Object.entries(facts).filter(([, value]) => value !== undefined && value !== "");
-    const rows = shown.map(([name, value]) => element("div", { class: String(value).length > 9 ? "wide" : "" }, element("dt", {}, name), element("dd", {}, String(value))));
-    byId("viewer-facts").replaceChildren(...rows);
+    byId("viewer-facts").replaceChildren(...shown.map(([name, value]) => fact(name, String(value))));
     const all = this.gallery.finished;
     byId("viewer-previous").disabled = all[0] === picture;
     byId("viewer-next").disabled = all.at(-1) === picture;
@@ -67,4 +66,11 @@ class Viewer {
     if (next) this.show(next);
     else this.dialog.close();
   }
+}
+
+/** A row; half as wide on a phone when its value is short. */
+function fact(name, value) {
+  const row = element("div", {}, element("dt", {}, name), element("dd", {}, value));
+  row.classList.toggle("wide", value.length > 9);
+  return row;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 
 import browser as chromium
 import pytest
@@ -185,9 +186,13 @@ def test_text_and_pictures_are_made_at_the_same_time(tab, server):
     tab.type("#prompt", "What is 47 + 38?", "Enter")
     tab.until("document.querySelector('.running .text')?.innerText.startsWith('The')")
     tab.click("#tab-image")
+    tab.until("document.querySelector('#tab-text').classList.contains('busy')")
     server.resume.set()
     tab.until(f"{FINISHED} === 2")
     tab.until("document.querySelector('.turn-assistant:not(.running) .stats')?.textContent.includes('42 tokens')")
+    tab.until("document.querySelector('#tab-text').classList.contains('news')")
+    tab.click("#tab-text")
+    assert not tab.run("return document.querySelector('#tab-text').classList.contains('news')")
     assert [body["model"] for body in server.bodies] == ["tandem-image", "tandem-text"]
     assert not server.left.is_set()
 
@@ -245,20 +250,20 @@ def test_a_click_enlarges_and_the_keyboard_leads_through_the_pictures(tab, serve
     tab.click("#reset-settings")
 
 
-def test_a_download_is_named_after_prompt_and_seed(tab, server):
+def test_a_download_is_the_picture_named_after_prompt_and_seed(tab, server, tmp_path):
+    tab.devtools("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     open_images(tab, server)
     change(tab, "#image-setting-output_format", "jpeg")
     change(tab, "#image-setting-seed", "12")
     draw(tab, "Ein größerer Kreis, (rot)!", count=2)
     tab.until(f"{FINISHED} === 2")
-    tab.run("""
-        window.saved = [];
-        HTMLAnchorElement.prototype.click = function () {
-          window.saved.push([this.download, this.href.split(":")[0]]);
-        };
-    """)
     tab.click(".picture:last-child [aria-label='Download']")
-    assert tab.run("return window.saved") == [["ein-größerer-kreis-rot-13.jpg", "blob"]]
+    file = tmp_path / "ein-größerer-kreis-rot-13.jpg"
+    deadline = time.monotonic() + 10
+    while not file.exists():
+        assert time.monotonic() < deadline, list(tmp_path.iterdir())
+        tab.until("true")
+    assert file.read_bytes() == base64.b64decode(picture(server.bodies[0], 1))
     tab.click("#reset-settings")
 
 
