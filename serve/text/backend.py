@@ -14,8 +14,9 @@ from typing import Any
 from serve.backend import EventStream, Load
 from serve.engine.engine import Engine
 from serve.engine.stream import Stream
-from serve.errors import InvalidRequest, TandemError
+from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
+from serve.merged import merge
 from serve.request import ModelCard, Request, TextRequest
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
@@ -54,7 +55,7 @@ class TextBackend:
             for choice in choices:
                 await choice.aclose()
             raise
-        return choices[0] if len(choices) == 1 else Choices(choices)
+        return merge(choices)
 
     def load(self) -> Load:
         return self._engine.load()
@@ -128,50 +129,3 @@ class Choice:
         num_sampled = job.num_output + (job.stop_token_id is not None)
         usage = Usage(job.num_prompt, num_sampled, job.num_cached)
         return Finished(self._index, reason, usage, job.stop_token_id, job.stop_logprobs)
-
-
-class Choices:
-    """An `EventStream`: several choices as one. Each has a read pending; a read here takes all that are done.
-
-    The first choice has the first word: with it come the log-probabilities of the prompt. If one fails, all end.
-    """
-
-    def __init__(self, choices: list[Choice]):
-        self._choices = choices
-        self._idle, self._held = choices[:1], choices[1:]
-        self._reads: dict[asyncio.Task[list[Event] | TandemError], Choice] = {}
-
-    def __aiter__(self) -> Choices:
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        events: list[Event] = []
-        while not events:
-            while self._idle:
-                choice = self._idle.pop()
-                self._reads[asyncio.ensure_future(_read(choice))] = choice
-            if not self._reads:
-                raise StopAsyncIteration
-            await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
-            for read in [read for read in self._reads if read.done()]:
-                choice, result = self._reads.pop(read), read.result()
-                if isinstance(result, TandemError):
-                    await self.aclose()
-                    raise result
-                if result:
-                    events += result
-                    self._idle.append(choice)
-            self._idle, self._held = self._idle + self._held, []
-        return events
-
-    async def aclose(self) -> None:
-        for choice in self._choices:
-            await choice.aclose()
-
-
-async def _read(choice: Choice) -> list[Event] | TandemError:
-    """One read, with a choice's end as an empty list and its error as a value: nobody may be left to retrieve them."""
-    try:
-        return await anext(choice, [])
-    except TandemError as error:
-        return error

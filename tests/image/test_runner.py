@@ -11,68 +11,16 @@ import torch
 from fake_dit import FakeDiT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_engine import alone, drain, job, make_engine, pixels
 
-from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault
 from serve.engine.stream import Stream
 from serve.errors import RequestFailed
-from serve.image.limits import Limits
-from serve.image.runner import ImageRunner
-from serve.image.scheduler import ImageScheduler
-from serve.image.trajectory import ImageBatch, ImageOutput, Stage, Trajectory
-from serve.request import ImageLimits
+from serve.image.trajectory import Stage, Trajectory
 
-CPU = torch.device("cpu")
 SIZES = [(16, 16), (16, 16), (24, 16)]
 CLOSE = 1.0 / 255
 """Pixels of equal latents: a forward of other rows differs in the last bits, which may round to the next byte."""
-
-
-def make_engine(
-    model: FakeDiT, *, depth: int = 0, max_num_images: int = 16, cap: int = 1 << 20
-) -> tuple[Engine[Trajectory, ImageBatch, ImageOutput], ImageRunner]:
-    spec = model.spec
-    runner = ImageRunner(model, CPU)
-    runner.warm_up()
-    model.calls.clear()
-    limits = ImageLimits(
-        width=spec.width, height=spec.height, num_inference_steps=spec.num_inference_steps, guidance_scale=4.0,
-        size_multiple=spec.size_multiple, max_pixels=spec.max_pixels, max_steps=50, solvers=spec.solvers,
-    )  # fmt: skip
-    scheduler = ImageScheduler(
-        Limits(limits, model.check_prompt, runner.check_schedule),
-        model.num_tokens,
-        max_num_images=max_num_images,
-        max_num_batched_tokens=cap,
-    )
-    return Engine(scheduler, runner, depth=depth), runner
-
-
-def job(name: str, **values: Any) -> Trajectory:
-    defaults: dict[str, Any] = {
-        "prompt": f"a picture of {name}", "width": 16, "height": 16, "num_steps": 5, "guidance_scale": 4.0,
-        "solver": "flow_match_euler", "seed": 7,
-    }  # fmt: skip
-    return Trajectory(id=name, **defaults | values)
-
-
-def pixels(stream: Stream[Trajectory]) -> list[np.ndarray]:
-    """Every picture shown, previews first, as floats in 0..1."""
-    shown = [update.pixels for update in stream.take() if update.pixels is not None]
-    size = (stream.job.height, stream.job.width, 3)
-    return [np.frombuffer(data, np.uint8).reshape(size).astype(float) / 255 for data in shown]
-
-
-def drain(engine: Engine[Any, Any, Any]) -> None:
-    while engine.step():
-        engine.check_health()
-
-
-def alone(model: FakeDiT, **values: Any) -> list[np.ndarray]:
-    engine, _ = make_engine(model)
-    stream = engine.submit(job("it", **values))
-    drain(engine)
-    return pixels(stream)
 
 
 wishes = st.fixed_dictionaries(
@@ -123,6 +71,7 @@ def test_a_picture_does_not_depend_on_who_joins_and_leaves(wanted, prediction, c
 def test_eight_requests_of_every_kind_share_forwards_at_six_rows_and_more():
     model = FakeDiT(prediction="epsilon")
     engine, _ = make_engine(model)
+    model.calls.clear()
     for i in range(8):
         engine.submit(
             job(
@@ -236,8 +185,8 @@ def test_the_canary_notices_a_model_that_computes_something_else():
 def test_stages_are_batched_separately():
     model = FakeDiT()
     engine, _ = make_engine(model)
-    model.encoded.clear()
-    model.decoded.clear()
+    for seen in (model.encoded, model.decoded, model.calls):
+        seen.clear()
     for i in range(3):
         engine.submit(job(f"{i}", prompt=f"{i}", negative_prompt="ugly", num_steps=4))
     drain(engine)
