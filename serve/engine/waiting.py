@@ -19,13 +19,11 @@ AGING_S = 10.0
 """Seconds of waiting that weigh as much as one level of priority: many steps, yet less than a client's patience."""
 
 
-def fcfs(job: Job) -> float:
-    """First come, first served. A preempted job keeps its arrival and so its place."""
-    return job.arrival
-
-
 def aged_priority(job: Job) -> float:
-    """More urgent first. One priority level is worth `AGING_S` seconds of waiting, so nobody starves."""
+    """More urgent first. One priority level is worth `AGING_S` seconds of waiting, so nobody starves.
+
+    A preempted job keeps its arrival and so its place.
+    """
     return job.arrival - AGING_S * job.priority
 
 

@@ -54,10 +54,6 @@ class ChatTemplate:
         self._controls = _any_of(self.control_tokens, self._mark)
         self._specials = _any_of(special, self._mark)
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._templates
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -67,7 +63,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt, with callers' control tokens broken: for `own_tokens` or `plain`. Raises `InvalidRequest`."""
+        """The prompt, with callers' control tokens broken: for `own_tokens`. Raises `InvalidRequest`."""
         source, template = self._choose(tools)
         if add_generation_prompt and continue_final_message:
             raise InvalidRequest(
@@ -99,10 +95,6 @@ class ChatTemplate:
     def own_tokens(self, rendered: str, rename: Callable[[str], str]) -> str:
         """The prompt with each control token the template wrote given another name, and callers' text as it was."""
         return self._controls.sub(lambda match: rename(match[0]), rendered).replace(self._mark, "")
-
-    def plain(self, rendered: str) -> str:
-        """The prompt as a reader would see it."""
-        return rendered.replace(self._mark, "")
 
     def _choose(self, tools: object) -> tuple[str, jinja2.Template]:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"

@@ -96,10 +96,6 @@ class Tokenizer:
         self.generation_config: Mapping[str, Any] = tokenizer_file.read_json(bundle.files, "generation_config.json")
         """The model's own defaults for sampling, as its authors wrote them."""
 
-    @property
-    def has_chat_template(self) -> bool:
-        return not self._template.is_empty
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a user's text. `add_special_tokens` adds what the model's post-processor puts around a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -107,21 +103,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As transformers decodes. An id that is no token has no text."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)).replace(self._secret, "")
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt as text. Raises `InvalidRequest`, with the template's own words where it refuses."""
-        render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
-        return self._template.plain(
-            render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        )
 
     def encode_chat(
         self,
@@ -132,7 +113,10 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt as ids. The template alone writes special tokens; none are added around it."""
+        """The prompt as ids. The template alone writes special tokens; none are added around it.
+
+        Raises `InvalidRequest`, with the template's own words where it refuses.
+        """
         render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
         text = render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         text = self._template.own_tokens(text, self._rename)

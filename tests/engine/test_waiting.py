@@ -7,12 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engine.job import Job
-from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority, fcfs
+from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
+
+
+def arrival(job: Job) -> float:
+    return job.arrival
 
 
 @given(st.lists(st.tuples(st.sampled_from("aaarp"), st.integers(0, 20)), max_size=200))
 def test_behaves_like_a_stably_sorted_list(actions):
-    queue: WaitingQueue[Job] = WaitingQueue(fcfs)
+    queue: WaitingQueue[Job] = WaitingQueue(arrival)
     oracle: list[Job] = []
     for number, (action, value) in enumerate(actions):
         if action == "a":
@@ -23,10 +27,10 @@ def test_behaves_like_a_stably_sorted_list(actions):
             job = oracle.pop(value % len(oracle))
             assert queue.remove(job) and job not in queue and not queue.remove(job)
         elif action == "p" and oracle:
-            first = min(oracle, key=fcfs)
+            first = min(oracle, key=arrival)
             oracle.remove(first)
             assert queue.pop() is first
-        assert queue.peek() is min(oracle, key=fcfs, default=None)
+        assert queue.peek() is min(oracle, key=arrival, default=None)
         assert len(queue) == len(oracle) and set(queue) == set(oracle)
         assert len(queue._heap) <= 2 * len(oracle) + 17
 
