@@ -179,7 +179,7 @@ TEXT_FIELDS = (
     _honoured(
         "timeout",
         v.Num(0, 86400, above=True) | None,
-        "Seconds from acceptance to the last token, at most the server's own limit.",
+        "Seconds from acceptance to the last token, at most the server's own limit; also as header x-request-timeout.",
         60,
         by="tandem",
     ),
