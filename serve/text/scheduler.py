@@ -190,8 +190,10 @@ class TokenScheduler:
     @staticmethod
     def _num_wanted(seq: Sequence) -> int:
         """How many positions could be computed now."""
-        if seq.num_pending and (seq.num_scheduled == seq.num_to_compute or seq.sampling.needs_history):
-            return 0  # the pending token is the last one, or the next one's logits depend on its value
+        if seq.num_pending and seq.num_scheduled == seq.num_to_compute:
+            return 0  # the pending token is the last one
+        if seq.num_pending > 1 and seq.sampling.needs_history:
+            return 0  # penalties count known tokens and the newest, which is on the device; here is a gap between them
         return len(seq.token_ids) + seq.num_pending - seq.num_scheduled
 
     @staticmethod

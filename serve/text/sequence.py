@@ -66,10 +66,6 @@ class Sequence(Job):
         """Whether nothing is left to do about the prompt's log-probabilities."""
         return self.prompt_logprobs is None or len(self.prompt_scores) == self.num_prompt
 
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
-
 
 @dataclass(slots=True)
 class Row:

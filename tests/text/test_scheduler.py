@@ -119,7 +119,7 @@ def test_how_a_sequence_ends(params, sampled, delivered, reason, stop):
         updates += settle(scheduler, scheduler.schedule(), token_id)
     assert [token_id for update in updates if update.output for token_id in update.output.token_ids] == delivered
     assert [update.finish for update in updates][-1] is reason
-    assert (job.stop_token_id, job.output_ids) == (stop, delivered)
+    assert (job.stop_token_id, job.token_ids[job.num_prompt :]) == (stop, delivered)
     assert scheduler.schedule() is None
     assert scheduler.load() == Load()
 
@@ -151,13 +151,15 @@ def test_the_next_step_is_scheduled_over_the_pending_token():
     assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_blocks
 
 
-def test_who_needs_its_history_waits_for_the_pending_token():
+def test_who_needs_its_history_waits_when_more_than_the_newest_token_is_pending():
     scheduler = make_scheduler()
     add(scheduler, sequence([1, 2, 3], presence_penalty=0.5))
-    batch = scheduler.schedule()
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert second.rows[0].token_ids == [PENDING]
     assert scheduler.schedule() is None
-    settle(scheduler, batch, 9)
-    assert scheduler.schedule().rows[0].token_ids == [9]
+    settle(scheduler, first, 9)
+    assert [row.token_ids for row in scheduler.schedule().rows] == [[PENDING]]
+    settle(scheduler, second, 8)
 
 
 def test_blocks_of_a_removed_sequence_stay_taken_until_the_last_step_that_writes_them():
@@ -182,7 +184,7 @@ def test_what_was_scheduled_on_an_abandoned_step_is_stale():
     assert settle(scheduler, second, 5) == []
     assert [row.token_ids for row in retry.rows] == [[1, 2, 3]]
     settle(scheduler, retry, 6)
-    assert job.output_ids == [6]
+    assert job.token_ids[job.num_prompt :] == [6]
 
 
 def test_blocks_of_tokens_that_are_still_pending_are_not_shared():
@@ -340,11 +342,11 @@ def test_a_preempted_sequence_goes_on_where_it_was():
     a, b = sequence([1] * 8, "a", max_tokens=2), sequence([2] * 8, "b")
     scheduler = tight(a=a, b=b)
     assert run_step(scheduler, 5) == {"a": 1}
-    assert a.output_ids == [1, 5]
+    assert a.token_ids[a.num_prompt :] == [1, 5]
     batch = scheduler.schedule()
     assert [(row.job.id, row.token_ids, row.samples) for row in batch.rows] == [("b", [2, 2, 2, 2, 1], True)]
     settle(scheduler, batch, 6)
-    assert b.output_ids == [1, 6]
+    assert b.token_ids[b.num_prompt :] == [1, 6]
 
 
 def test_while_a_victims_blocks_are_in_flight_nobody_else_is_preempted():
