@@ -12,8 +12,8 @@ from models.dit.class_conditional import ClassNames
 from models.dit.registry import load_dit
 
 CPU = torch.device("cpu")
-EQUAL = {"rtol": 0, "atol": 1e-4}
-"""Pixels in 0..1. Rows of a larger batch are added up in another order; the largest difference seen is 4e-6."""
+EQUAL = {"rtol": 0, "atol": 2e-5}
+"""Pixels in 0..1. Rows of a larger batch are added up in another order; the largest difference seen is 6.3e-7."""
 
 ASKS = [
     Ask(prompt="goldfish", seed=1, steps=8, guidance=4.0, solver="ddim"),
