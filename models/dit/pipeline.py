@@ -121,6 +121,8 @@ class PipelineRun:
         else:
             self._may_go.release()
         self._is_held.acquire()
+        if isinstance(self._error, _Closed):
+            raise RuntimeError("the run was closed in this step; start another")
         if self._error is not None:
             raise self._error
         return PipelineStep(self._step, self._num_steps, self._pixels)
@@ -150,7 +152,7 @@ class PipelineRun:
     def _on_step_end(self, pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self._step = step + 1
         self._num_steps = getattr(pipeline, "num_timesteps", None) or len(pipeline.scheduler.timesteps)
-        if self._step < self._num_steps:
+        if not self._is_closed and self._step < self._num_steps:
             self._is_held.release()
             self._may_go.acquire()
         if self._is_closed:

@@ -64,6 +64,8 @@ def load_dit(
             step_parameters(pipeline_class)
         except NotSteppable as error:
             raise DiTError(f"{error}; families with an adapter are {', '.join(sorted(_FAMILIES))}") from error
+    else:
+        _own_solver(index)
     pipeline = load_pipeline(index, device=device, dtype=dtype or torch.float32, load_format=load_format)
     return (build or _stock)(pipeline, index, defaults)
 
@@ -138,17 +140,7 @@ def _spec(
     size_multiple: int,
     max_side: int,
 ) -> DiTSpec:
-    scheduler = index.components["scheduler"]
-    own = _OWN_SOLVERS.get(scheduler[1] if scheduler else "")
-    if own is None:
-        raise DiTError(
-            f"{index.folder} comes with the scheduler {scheduler[1] if scheduler else None}, which no solver here "
-            f"computes; replace its scheduler folder by one of {', '.join(_OWN_SOLVERS)}"
-        )
-    prediction, solver = own
-    config = index.scheduler_config
-    if config.get("stochastic_sampling"):
-        solver = "flow_match_euler_stochastic"
+    prediction, solver = _own_solver(index)
     others = _FLOW_SOLVERS if prediction == "flow" else _EPSILON_SOLVERS
     spec = DiTSpec(
         prediction=prediction,
@@ -160,7 +152,7 @@ def _spec(
         size_multiple=size_multiple,
         max_pixels=max_side * max_side,
         solvers=tuple(dict.fromkeys((solver, *others))),
-        solver_config=config,
+        solver_config=index.scheduler_config,
         sizes=defaults.sizes,
         max_side=max_side,
     )
@@ -171,6 +163,20 @@ def _spec(
                 f"{size_multiple} up to {max_side}"
             )
     return spec
+
+
+def _own_solver(index: PipelineIndex) -> tuple[Prediction, str]:
+    """What the model predicts, and the solver that computes what its scheduler does. Raises DiTError."""
+    scheduler = index.components.get("scheduler")
+    found = _OWN_SOLVERS.get(scheduler[1]) if scheduler else None
+    if found is None:
+        raise DiTError(
+            f"{index.folder} comes with the scheduler {scheduler[1] if scheduler else None}, which no solver here "
+            f"computes; replace its scheduler folder by one of {', '.join(_OWN_SOLVERS)}"
+        )
+    prediction, solver = found
+    is_stochastic = index.scheduler_config.get("stochastic_sampling", False)
+    return prediction, "flow_match_euler_stochastic" if is_stochastic else solver
 
 
 def _at_most_one_size(folder: Path, defaults: Defaults, side: int) -> Defaults:
