@@ -21,7 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from models.weights import WeightsError, weight_files
+from models.weight_files import WeightsError, weight_files
 
 _CHOOSES_CODE = re.compile(r"Auto(?!encoder)")
 """Classes that pick another by what the folder says (AutoModel), which may be code in the folder."""

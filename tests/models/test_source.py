@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,69 @@ def test_environment_of_huggingface_hub_is_honoured(hub: FakeHub, tmp_path: Path
 def test_absent_model_says_where_it_was_looked_for(hub: FakeHub, model: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         resolve(model)
+
+
+INDEX = {
+    "_class_name": "X",
+    "transformer": ["diffusers", "T"],
+    "text_encoder": ["transformers", "E"],
+    "tokenizer": ["transformers", "K"],
+    "scheduler": ["diffusers", "S"],
+    "image_encoder": [None, None],
+}
+PIPELINE = {
+    "model_index.json": json.dumps(INDEX).encode(),
+    "transformer/config.json": b"1",
+    "transformer/diffusion_pytorch_model.safetensors": b"2",
+    "text_encoder/config.json": b"3",
+    "text_encoder/model.safetensors": b"4",
+    "tokenizer/vocab.json": b"5",
+    "tokenizer/merges.txt": b"6",
+    "tokenizer/spiece.model": b"7",
+    "scheduler/scheduler_config.json": b"8",
+}
+"""All contents differ: the hub's cache fetches equal ones once."""
+
+
+def test_of_an_image_model_each_file_is_fetched_once_and_in_one_form(hub: FakeHub) -> None:
+    copies = {
+        "whole.safetensors": b"everything again",
+        "transformer/diffusion_pytorch_model.fp16.safetensors": b"again",
+        "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": b"again",
+        "transformer/diffusion_pytorch_model.bin": b"pickle",
+        "text_encoder/modeling_evil.py": b"raise SystemExit",
+        "picture.png": b"",
+    }
+    hub.repos["org/pictures"] = {**PIPELINE, **copies}
+    folder = resolve("org/pictures")
+    assert sorted(hub.requested) == sorted(PIPELINE)
+    assert all((folder / name).is_file() for name in PIPELINE)
+
+
+@pytest.mark.parametrize("lost", [name for name in PIPELINE if name.endswith(".safetensors")])
+def test_weights_missing_from_a_component_are_named(tmp_path: Path, lost: str) -> None:
+    for name, content in PIPELINE.items():
+        if name != lost:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=f"{(tmp_path / lost).parent} holds neither {Path(lost).name}"):
+        resolve(str(tmp_path))
+    assert resolve(str(tmp_path), load_format="dummy") == tmp_path
+
+
+def test_an_index_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("[")
+    with pytest.raises(SourceError, match="download it again"):
+        resolve(str(tmp_path))
+
+
+def test_image_models_ship_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "EMBEDDED", tmp_path)
+    for name, content in PIPELINE.items():
+        (tmp_path / "tandem-image" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tandem-image" / name).write_bytes(content)
+    assert source.embedded_names() == ["tandem-image"]
+    assert kind_of(resolve("tandem-image")) == "image"
 
 
 def test_unknown_revision_is_named(hub: FakeHub) -> None:

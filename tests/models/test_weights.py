@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from models.registry import ModelError, load_text_model
-from models.weights import WeightsError, load_weights, weight_files
+from models.weight_files import WeightsError, weight_files
+from models.weights import load_weights
 
 CPU = torch.device("cpu")
 
