@@ -110,10 +110,18 @@ def _announce(url: str, cards: list[ModelCard], seconds: float) -> None:
     for card in cards:
         _say(
             f"  {card.name}  {card.kind}, {card.num_parameters / 1e6:.1f} M parameters, {card.device} {card.dtype}, "
-            f"{card.threads} threads, context {card.max_model_len} tokens, KV cache {card.kv_cache_tokens} tokens"
+            f"{card.threads} threads, {_abilities(card)}"
         )
     _say(f"  chat in the browser  {url}/")
     _say(f"  OpenAI API           {url}/v1")
+
+
+def _abilities(card: ModelCard) -> str:
+    """What a model can be asked for, in a line."""
+    if card.image is None:
+        return f"context {card.max_model_len} tokens, KV cache {card.kv_cache_tokens} tokens"
+    image = card.image
+    return f"{image.width}x{image.height} in {image.num_inference_steps} steps, up to {image.max_pixels} pixels"
 
 
 def _check(arguments: argparse.Namespace) -> None:

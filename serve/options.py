@@ -13,9 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 
-def bounded(default: Any, *, least: float, most: float) -> Any:
-    """A field whose value, when it is not None, must lie in [least, most]."""
-    return field(default=default, metadata={"least": least, "most": most})
+def bounded(default: Any, *, least: float, most: float, only: str | None = None) -> Any:
+    """A field whose value, when it is not None, must lie in [least, most]. `only`: the kind of model it is for."""
+    return field(default=default, metadata={"least": least, "most": most, "only": only})
+
+
+def only_for(kind: str, default: Any) -> Any:
+    """A field for one kind of model."""
+    return field(default=default, metadata={"only": kind})
 
 
 def check_bounds(options: Any) -> None:
@@ -26,6 +31,17 @@ def check_bounds(options: Any) -> None:
             least, most = spec.metadata["least"], spec.metadata["most"]
             if not least <= value <= most:
                 raise ValueError(f"{spec.name} is {value!r}; give a value from {least} to {most}")
+
+
+def check_kind(options: Any, kind: str) -> None:
+    """Raise ValueError naming the first field of `options` that was set and does nothing for this kind of model."""
+    for spec in dataclasses.fields(options):
+        only = spec.metadata.get("only")
+        if only not in (None, kind) and getattr(options, spec.name) != spec.default:
+            raise ValueError(
+                f"{spec.name} is an option of {only} models and means nothing for {options.model!r}; leave it out, "
+                f"where several models are served by giving each its own options in a config file"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,38 +72,48 @@ class ModelOptions:
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
 
-    max_model_len: int | None = bounded(None, least=1, most=1 << 24)
-    """Positions of one sequence. None: what the model was made for, at most what the KV cache holds."""
-    max_num_seqs: int = bounded(256, least=1, most=4096)
-    """Sequences computed in one step."""
     max_num_batched_tokens: int | None = bounded(None, least=1, most=1 << 20)
     """Token positions computed in one step; bounds a decode's wait behind others' prefill. None: 8192 on CUDA, 1024 on
-    CPU (about 0.6 s of a 0.6 B model there)."""
+    CPU (about 0.6 s of a 0.6 B model there). For images: latent tokens times rows; None: 16384 on CUDA, 4096 on CPU."""
     max_num_waiting: int = bounded(1024, least=1, most=1 << 20)
     """Accepted requests that wait for their first step; beyond it requests are refused with a retry time."""
-    block_size: int = bounded(16, least=1, most=1024)
-    enable_prefix_caching: bool = True
-    gpu_memory_utilization: float = bounded(0.9, least=0.01, most=1.0)
-    """Share of the device's memory for weights, activations and KV cache together."""
-    kv_cache_memory_bytes: int | None = bounded(None, least=1, most=1 << 50)
-    """Size of the KV cache. None: on CUDA what is left of `gpu_memory_utilization`; on CPU enough for
-    `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory."""
-    enforce_eager: bool = False
-    """No CUDA graphs."""
     step_timeout_s: float = bounded(300.0, least=1, most=86400)
     """A step that takes longer makes the engine unhealthy."""
-    chat_template: str | None = None
+
+    max_model_len: int | None = bounded(None, least=1, most=1 << 24, only="text")
+    """Positions of one sequence. None: what the model was made for, at most what the KV cache holds."""
+    max_num_seqs: int = bounded(256, least=1, most=4096, only="text")
+    """Sequences computed in one step."""
+    block_size: int = bounded(16, least=1, most=1024, only="text")
+    """Positions in a block of the KV cache."""
+    enable_prefix_caching: bool = only_for("text", True)
+    gpu_memory_utilization: float = bounded(0.9, least=0.01, most=1.0, only="text")
+    """Share of the device's memory for weights, activations and KV cache together."""
+    kv_cache_memory_bytes: int | None = bounded(None, least=1, most=1 << 50, only="text")
+    """Size of the KV cache. None: on CUDA what is left of `gpu_memory_utilization`; on CPU enough for
+    `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory."""
+    enforce_eager: bool = only_for("text", False)
+    """No CUDA graphs."""
+    chat_template: str | None = only_for("text", None)
     """File with a Jinja template that replaces the model's own."""
+
+    max_num_images: int = bounded(32, least=1, most=4096, only="image")
+    """Images in progress at a time; the rest waits. More than fill a step only take turns, and each holds its latents
+    and prompts in memory."""
+    max_pixels: int | None = bounded(None, least=1, most=1 << 30, only="image")
+    """Width times height of one image. None: what the model was made for."""
+    max_inference_steps: int = bounded(250, least=1, most=10000, only="image")
+    """Denoise steps of one image, `num_inference_steps`, at most."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if not self.model:
             raise ValueError("model is empty; give a folder, a hub id or the name of an embedded model")
         budget = self.max_num_batched_tokens
-        if budget is not None and budget < self.max_num_seqs:
+        if self.kind != "image" and budget is not None and budget < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {budget}, below max_num_seqs ({self.max_num_seqs}); every running sequence "
-                f"needs one token a step: raise the first or lower the second"
+                f"needs one token a step: raise the first or lower the second (an image model: say kind image)"
             )
 
     @property

@@ -19,7 +19,7 @@ from serve.channel_server import ChannelServer
 from serve.errors import ConfigError, EngineDead
 from serve.hub import Address, HubClient, ReplicaEntry
 from serve.metrics import EngineObserver, Recorder
-from serve.options import ModelOptions
+from serve.options import ModelOptions, check_kind
 from serve.request import ModelCard
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,10 @@ def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath, *,
         kind = options.kind or kind_of(folder)
     except SourceError as error:
         raise ConfigError(f"model: {error}", param="model") from error
-    if kind not in BUILDERS:
-        raise ConfigError(
-            f"{options.model!r} is of kind {kind!r}, and Tandem serves models of kind {', '.join(map(repr, BUILDERS))} "
-            f"so far; give another model",
-            param="model",
-        )
+    try:
+        check_kind(options, kind)
+    except ValueError as error:
+        raise ConfigError(str(error), param=str(error).split()[0]) from None
     return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death)
 
 
@@ -81,7 +79,19 @@ def _build_text(
     return Served(backend, bundle.files)
 
 
-BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath], Served]] = {"text": _build_text}
+def _build_image(
+    options: ModelOptions, folder: Path, num_replicas_here: int, observer: EngineObserver, on_death: OnDeath
+) -> Served:
+    from serve.image.build import build_image
+
+    backend = build_image(options, folder, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
+    return Served(backend, {})
+
+
+BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath], Served]] = {
+    "text": _build_text,
+    "image": _build_image,
+}
 """Kind → how its backend is made. The imports inside are the process's heavy ones."""
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from fake_backend import card
 
-from serve.cli import main
+from serve.cli import _announce, main
 from serve.options import GatewayOptions, ModelOptions
+from serve.request import ImageLimits
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,15 @@ def test_check_says_what_is_wrong_without_starting_anything(tmp_path, capsys):
     file.write_text("models:\n  - {model: a, max_seqs: 4}\n")
     with pytest.raises(SystemExit, match=r"models\[0\]\.max_seqs: unknown key; did you mean 'max_num_seqs'"):
         main(["check", str(file)])
+
+
+def test_the_start_tells_what_each_model_can_be_asked_for(capsys):
+    image = ImageLimits(
+        width=64, height=48, num_inference_steps=12, guidance_scale=4.0, size_multiple=8, max_pixels=9216,
+        max_steps=250, solvers=("flow_match_euler",),
+    )  # fmt: skip
+    picture = dataclasses.replace(card("drawer"), kind="image", max_model_len=0, kv_cache_tokens=0, image=image)
+    _announce("http://127.0.0.1:1", [card("writer"), picture], 1.0)
+    _, text, images, *_ = capsys.readouterr().out.splitlines()
+    assert text.endswith("context 4096 tokens, KV cache 8192 tokens")
+    assert images.endswith("1 threads, 64x48 in 12 steps, up to 9216 pixels")

@@ -181,14 +181,20 @@ def test_a_text_model_is_built_served_and_measured(tmp_path):
     ("options", "words"),
     [
         (ModelOptions(model="/nowhere/at/all"), "/nowhere/at/all"),
+        (ModelOptions(model="tiny", kind="image", max_num_seqs=9), "max_num_seqs is an option of text models"),
+        (ModelOptions(model="tiny", kind="image", chat_template="x"), "chat_template is an option of text models"),
+        (
+            ModelOptions(model="tiny", kind="text", max_inference_steps=9),
+            "max_inference_steps is an option of image models",
+        ),
         (
             ModelOptions(model="tiny", kind="image"),
-            "'tiny' is of kind 'image', and Tandem serves models of kind 'text'",
+            "model_index.json",
         ),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_clear_sentence(tmp_path, monkeypatch, options, words):
-    if options.kind == "image":
+    if options.kind is not None:
         monkeypatch.setattr("models.source.resolve", lambda *args, **kwargs: tmp_path)
 
     async def test() -> None:
