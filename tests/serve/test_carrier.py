@@ -14,29 +14,35 @@ from serve.errors import Draining, InvalidRequest, ReplicaLost
 from serve.events import TokenDelta
 
 
+class Carrier:
+    """Brings requests to `server` as a handle call does, and keeps the calls."""
+
+    server: ChannelServer
+
+    def __init__(self) -> None:
+        self.calls: list[asyncio.Task[None]] = []
+
+    async def __call__(self, gateway_id: str, stream_id: int, asked: Any) -> None:
+        self.calls.append(asyncio.create_task(self.server.run(gateway_id, stream_id, asked)))
+        await self.calls[-1]
+
+
 def test_a_carried_request_is_answered_over_the_channel_and_its_call_lasts_as_long(address):
     async def test() -> None:
         backend = FakeBackend()
-        calls: list[asyncio.Task[None]] = []
-
-        async def carrier(gateway_id: str, stream_id: int, asked: Any) -> None:
-            calls.append(asyncio.create_task(servers[0].run(gateway_id, stream_id, asked)))
-            await calls[-1]
-
-        servers: list[ChannelServer] = []
-        async with joined(backend, address, carrier=carrier) as (server, client):
-            servers.append(server)
+        carrier = Carrier()
+        async with joined(backend, address, carrier=carrier) as (carrier.server, client):
             stream = await client.submit(request())
             backend.streams[0].put(TokenDelta(0, (1,)))
             assert await anext(stream) == [TokenDelta(0, (1,))]
-            assert not calls[0].done()
+            assert not carrier.calls[0].done()
             backend.streams[0].end()
             assert await tokens(stream) == []
-            await calls[0]
+            await carrier.calls[0]
             with pytest.raises(InvalidRequest):
                 await client.submit(request(max_tokens=1 << 30))
             with pytest.raises(InvalidRequest):
-                await calls[1]
+                await carrier.calls[1]
 
     run(test)
 
@@ -44,19 +50,12 @@ def test_a_carried_request_is_answered_over_the_channel_and_its_call_lasts_as_lo
 def test_closing_a_carried_stream_cancels_its_call_and_a_cancelled_call_ends_its_stream(address):
     async def test() -> None:
         backend = FakeBackend()
-        calls: list[asyncio.Task[None]] = []
-
-        async def carrier(gateway_id: str, stream_id: int, asked: Any) -> None:
-            calls.append(asyncio.create_task(servers[0].run(gateway_id, stream_id, asked)))
-            await calls[-1]
-
-        servers: list[ChannelServer] = []
-        async with joined(backend, address, carrier=carrier) as (server, client):
-            servers.append(server)
+        carrier = Carrier()
+        async with joined(backend, address, carrier=carrier) as (carrier.server, client):
             first, second = await client.submit(request()), await client.submit(request())
             await first.aclose()
             await backend.streams[0].closed.wait()
-            calls[1].cancel()
+            carrier.calls[1].cancel()
             with pytest.raises(ReplicaLost):
                 await anext(second)
             await backend.streams[1].closed.wait()
