@@ -69,7 +69,7 @@ def _build_text(
     template = None if options.chat_template is None else Path(options.chat_template)
     bundle = TokenizerBundle.from_folder(folder, template)
     Tokenizer(bundle)  # gateways make their own; files that cannot be used end the start here, with the reason
-    backend = build_text(options, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
+    backend = build_text(options, folder, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
     scheduler = backend.scheduler
     observer.follow("tandem_kv_cache_blocks", lambda: scheduler.kv_cache.num_blocks)
     observer.follow("tandem_preemptions_total", lambda: scheduler.num_preemptions)

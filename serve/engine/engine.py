@@ -72,7 +72,11 @@ class Engine(Generic[J, B, O]):
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_death: Callable[[BaseException], None] | None = None,
+        idle_work: Callable[[], bool] | None = None,
     ):
+        """`idle_work` does one small unit of what can wait, and says whether more is left. The engine's thread calls it
+        while no job is here and nobody has said anything: a newcomer waits for one unit at most. Its failure is fatal.
+        """
         self._scheduler = scheduler
         self._runner = runner
         self._depth = depth
@@ -80,6 +84,7 @@ class Engine(Generic[J, B, O]):
         self._observer = observer
         self._clock = clock
         self._on_death = on_death
+        self._idle_work = idle_work
 
         self._door = Door(max_waiting)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -190,9 +195,20 @@ class Engine(Generic[J, B, O]):
                 if not self.step():
                     if self._is_closed:
                         return
-                    self._inbox.get()()  # sleep until somebody says something
+                    if not self._use_idle_time():
+                        self._inbox.get()()  # sleep until somebody says something
         except BaseException as error:
             self._die(error)
+
+    def _use_idle_time(self) -> bool:
+        """Do one unit of idle work; False when there is none, or somebody waits."""
+        if self._idle_work is None or not self._inbox.empty():
+            return False
+        self._step_started = self._clock()  # a unit that hangs is a step that hangs
+        if not self._idle_work():
+            self._idle_work = None
+        self._step_started = None
+        return True
 
     def _receive(self) -> None:
         """New jobs and cancellations."""

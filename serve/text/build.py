@@ -18,7 +18,7 @@ from models.attention.build import make_attention
 from models.registry import load_text_model
 from models.source import SourceError, kind_of, resolve
 from models.text.base import CausalLM, ModelError
-from models.weights import WeightsError
+from models.weight_files import WeightsError
 from serve.compute import choose_device, choose_dtype, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
@@ -26,7 +26,7 @@ from serve.errors import ConfigError
 from serve.options import ModelOptions
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
-from serve.text.cache_size import choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
+from serve.text.cache_size import CacheSize, choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
 from serve.text.kv_cache import KVCache
 from serve.text.load_progress import LoadProgress
 from serve.text.runner import TokenRunner
@@ -42,15 +42,19 @@ _DEFAULT_BATCHED_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 def build_text(
     options: ModelOptions,
+    folder: Path | None = None,
     *,
     num_replicas_here: int = 1,
     observer: Observer | None = None,
     progress: bool = True,
     on_death: Callable[[BaseException], None] | None = None,
 ) -> TextBackend:
-    """Load the model, size the cache, warm up, start the engine's thread. Blocks until the model can answer."""
+    """Load the model, size the cache, warm up, start the engine's thread. Blocks until the model can answer.
+
+    `folder`: where the model's files are, when that is known already.
+    """
     engine, card = build_engine(
-        options, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
+        options, folder, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
     )
     engine.start()
     return TextBackend(engine, card)
@@ -58,6 +62,7 @@ def build_text(
 
 def build_engine(
     options: ModelOptions,
+    folder: Path | None = None,
     *,
     num_replicas_here: int = 1,
     observer: Observer | None = None,
@@ -71,18 +76,61 @@ def build_engine(
     nothing.
     """
     started = time.monotonic()
-    folder = resolve_text_model(options)
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
-    model = _load(options, folder, device, progress=progress)
+    model = _load(options, folder or resolve_text_model(options), device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
+    budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
+    runner, size = _fit_runner(options, model, device, budget, num_replicas_here)
+    scheduler = TokenScheduler(
+        KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=size.max_model_len,
+        eos_token_ids=model.spec.eos_token_ids,
+        vocab_size=model.spec.vocab_size,
+    )
+    engine: TextEngine = Engine(
+        scheduler,
+        runner,
+        depth=int(device.type == "cuda") if depth is None else depth,
+        max_waiting=options.max_num_waiting,
+        step_timeout_s=options.step_timeout_s,
+        observer=observer,
+        on_death=on_death,
+        idle_work=runner.capture_next,
+    )
+    card = ModelCard(
+        name=options.name,
+        kind="text",
+        source=options.model,
+        device=str(device),
+        dtype=str(model.spec.dtype).removeprefix("torch."),
+        num_parameters=model.num_parameters,
+        max_model_len=size.max_model_len,
+        kv_cache_tokens=size.num_blocks * options.block_size,
+        vocab_size=model.spec.vocab_size,
+        threads=threads,
+        load_s=process_age_s(since=started),
+        aliases=options.served_model_name[1:],
+        created=int(time.time()),
+    )
+    log.info(
+        "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
+        *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
+    )
+    return engine, card
 
+
+def _fit_runner(
+    options: ModelOptions, model: CausalLM, device: torch.device, max_num_tokens: int, num_replicas_here: int
+) -> tuple[TokenRunner, CacheSize]:
+    """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError."""
     spec = model.spec
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
-    budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
     try:
         if device.type == "cuda":
-            memory_bytes = cuda_cache_bytes(options, model, cache, max_num_tokens=budget)
+            memory_bytes = cuda_cache_bytes(options, model, cache, max_num_tokens=max_num_tokens)
         else:
             memory_bytes = cpu_cache_bytes(
                 options,
@@ -106,49 +154,13 @@ def build_engine(
         runner.warm_up()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"{options.model!r} runs out of device memory at max_num_batched_tokens {budget}; lower that, "
+            f"{options.model!r} runs out of device memory at max_num_batched_tokens {max_num_tokens}; lower that, "
             f"kv_cache_memory_bytes or gpu_memory_utilization",
             param="gpu_memory_utilization",
         ) from error
     except DeviceFault as error:
         raise ConfigError(f"{options.model!r}: {error}", param="model") from error
-    scheduler = TokenScheduler(
-        KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=size.max_model_len,
-        eos_token_ids=spec.eos_token_ids,
-        vocab_size=spec.vocab_size,
-    )
-    engine: TextEngine = Engine(
-        scheduler,
-        runner,
-        depth=int(device.type == "cuda") if depth is None else depth,
-        max_waiting=options.max_num_waiting,
-        step_timeout_s=options.step_timeout_s,
-        observer=observer,
-        on_death=on_death,
-    )
-    card = ModelCard(
-        name=options.name,
-        kind="text",
-        source=options.model,
-        device=str(device),
-        dtype=str(spec.dtype).removeprefix("torch."),
-        num_parameters=model.num_parameters,
-        max_model_len=size.max_model_len,
-        kv_cache_tokens=size.num_blocks * options.block_size,
-        vocab_size=spec.vocab_size,
-        threads=threads,
-        load_s=process_age_s(since=started),
-        aliases=options.served_model_name[1:],
-        created=int(time.time()),
-    )
-    log.info(
-        "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
-        *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
-    )
-    return engine, card
+    return runner, size
 
 
 def resolve_text_model(options: ModelOptions) -> Path:
@@ -159,7 +171,7 @@ def resolve_text_model(options: ModelOptions) -> Path:
     except SourceError as error:
         raise ConfigError(f"model: {error}", param="model") from error
     if kind != "text":
-        raise ConfigError(f"{options.model!r} is an image model; only text models are served so far", param="model")
+        raise ConfigError(f"{options.model!r} is an image model; give a text model", param="model")
     return folder
 
 

@@ -2,8 +2,9 @@
 
 A graph is a forward over a fixed number of rows with one new token each, in buffers that never move. A step copies its
 ids, positions and plan into the buffers of the next larger graph and replays it; rows it does not fill compute the
-padding token in the runner's own block. A few sizes are captured before the replica is ready, the others when a batch
-first wants them (each costs two forwards): without a compiler there is nothing to wait for.
+padding token in the runner's own block. A few sizes are captured before the replica is ready, the others one by one
+while the engine is idle, or when a batch wants them sooner (each costs two forwards): without a compiler there is
+nothing to wait for.
 
 The plan of such a step is made by the attention backend as always and copied into the captured one, tensor by tensor.
 So a backend is capturable when its plans for decodes differ in the content of their tensors and in the width of block
@@ -76,6 +77,13 @@ class DecodeGraphs:
         """Capture the largest size first, whose memory the others reuse, and those a lone user needs."""
         for size in sorted({self._sizes[-1], 1, min(8, self._sizes[-1])}, reverse=True):
             self._graphs[size] = self._capture_size(size)
+
+    def capture_next(self) -> bool:
+        """Capture the smallest size that is missing, if any; False when none is left."""
+        missing = [size for size in self._sizes if size not in self._graphs]
+        if missing:
+            self._graphs[missing[0]] = self._capture_size(missing[0])
+        return len(missing) > 1
 
     def covers(self, num_rows: int) -> bool:
         return num_rows <= self._sizes[-1]

@@ -13,6 +13,7 @@ Legend: T new tokens of the step, D hidden size, R rows that sample, V vocabular
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ from serve.text.logprobs import Scores, score
 from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
 from serve.transfer import to_device, to_host
+
+log = logging.getLogger(__name__)
 
 _SCORED_AT_ONCE = 1 << 24
 """Logits held at once while a prompt is scored: 64 MiB of float32."""
@@ -126,6 +129,19 @@ class TokenRunner:
         if self._graphs is not None:
             with torch.inference_mode():
                 self._graphs.warm_up()
+
+    def capture_next(self) -> bool:
+        """Idle work: capture one more decode graph, False when none is left. Without memory for it steps do without."""
+        if self._graphs is None:
+            return False
+        try:
+            with torch.inference_mode():
+                return self._graphs.capture_next()
+        except torch.OutOfMemoryError:
+            log.warning("decode graphs end: no device memory is left for more")
+            return False
+        except torch.AcceleratorError as error:
+            raise DeviceFault(f"the device failed: {error}") from error
 
     def check(self) -> None:
         """Compute the canary again. Rounding may differ with the load of the device, nothing else may."""

@@ -20,6 +20,7 @@ from fakes import (
 
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Update
+from serve.engine.job import Job
 from serve.engine.stream import Stream
 from serve.errors import (
     DeadlineExceeded,
@@ -60,6 +61,46 @@ def tokens(stream: Stream) -> list[int]:
 
 def undisturbed(prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 8) -> list[int]:
     return continuation(prompt, max_tokens, ignore_eos=True)
+
+
+# -- idle time -----------------------------------------------------------------------------------------------------
+
+
+def test_idle_work_is_done_in_units_until_none_is_left_and_a_newcomer_waits_for_one():
+    order: list[str] = []
+    done = threading.Event()
+
+    class Watcher(ListObserver):
+        def on_finish(self, job: Job) -> None:
+            order.append(job.id)
+
+    def unit() -> bool:
+        order.append("unit")
+        if len(order) == 2:
+            bench.submit("newcomer")  # while this unit is under way
+        is_last = order.count("unit") == 4
+        if is_last:
+            done.set()
+        return not is_last
+
+    bench = Bench(idle_work=unit, observer=Watcher())
+    bench.engine.start()
+    assert done.wait(10)
+    bench.engine.close()
+    assert order == ["unit", "unit", "newcomer", "unit", "unit"]
+
+
+def test_a_failure_of_idle_work_ends_the_engine():
+    ended = threading.Event()
+
+    def unit() -> bool:
+        raise DeviceFault("lost")
+
+    engine = Bench(idle_work=unit, on_death=lambda cause: ended.set()).engine
+    engine.start()
+    assert ended.wait(10)
+    with pytest.raises(EngineDead):
+        engine.check_health()
 
 
 # -- life ----------------------------------------------------------------------------------------------------------

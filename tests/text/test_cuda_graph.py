@@ -131,6 +131,20 @@ def test_few_sizes_are_captured_before_ready_and_each_other_once(parts):
     assert captures.num == 5  # 2 and 4 came later
 
 
+@torch.inference_mode()
+def test_the_rest_is_captured_one_by_one_and_no_size_twice(parts):
+    graphs, _, _, captures = parts
+    graphs.warm_up()
+    graphs.forward(*step(2, 0))
+    assert captures.num == 4  # of 1, 2, 4, 8 and 12
+    assert not graphs.capture_next()
+    assert captures.num == 5
+    assert not graphs.capture_next()
+    for seed, num_rows in enumerate((1, 2, 3, 8, 10)):
+        graphs.forward(*step(num_rows, seed))
+    assert captures.num == 5
+
+
 def test_batches_beyond_the_limit_are_not_covered(parts):
     graphs = parts[0]
     assert graphs.covers(1) and graphs.covers(12)
