@@ -31,6 +31,7 @@ import msgspec
 from serve.errors import ConfigError, EngineDead, TandemError, by_code
 from serve.hub import Hub
 from serve.options import ModelOptions, ServeOptions
+from serve.preflight import settle
 from serve.process import Report, Spec
 from serve.request import ModelCard
 
@@ -134,6 +135,7 @@ class LocalApplication:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
+        self._options = settle(self._options, loads_here=True)
         hub_address = await self._hub.start(f"unix:{self._directory}/hub")
         for index, model in enumerate(self._options.models):
             for number in range(model.num_replicas):

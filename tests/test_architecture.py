@@ -48,6 +48,8 @@ TORCH_FREE = (
     "serve.channel",
     "serve.hub",
     "serve.cli",
+    "serve.preflight",
+    "models.source",
 )
 BARE_GPU_BOX = ("ray", "pydantic", "fastapi", "starlette", "uvicorn", "msgspec", "diffusers", "prometheus_client")
 MAX_LINES = 400
@@ -134,5 +136,5 @@ def test_module_loads_without_torch(module):
 def test_engine_runs_where_only_torch_exists():
     """A bare GPU box has torch, transformers, safetensors, numpy and pillow, and nothing of the serving plane."""
     hide = f"import sys; [sys.modules.__setitem__(name, None) for name in {BARE_GPU_BOX!r}]; "
-    code = hide + "import loadtest.engine, loadtest.gpu, serve.text.build, models.registry"
+    code = hide + "import loadtest.engine, loadtest.gpu, serve.text.build, serve.image.build, models.registry"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

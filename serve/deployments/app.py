@@ -2,7 +2,7 @@
 
     tandem serve --config FILE                            build_application(options)
     serve run serve.deployments.app:build config=FILE     build({"config": FILE})
-    serve deploy SERVE_FILE  (import_path, args)          build(args)
+    serve deploy deploy/ray-serve.yaml                    build(args), as its import_path and args say
 
 All three give the same application. `args` are the keys of `serve/config.py`, or `config` alone: a file with them. The
 gateway owns its socket: where Ray Serve's own HTTP proxy runs, give one of them another port.
@@ -30,6 +30,9 @@ HEALTH_TIMEOUT_S = 10.0
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond the gateway's drain time, so that Serve never cuts off what the gateway still lets run."""
 
+MAX_FAILED_STARTS = 3
+"""Serve's own patience with one replica: what `serve deploy` started has nobody in front of it to try again."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """The application from plain data, as `serve run` and `serve deploy` call it. Raises ConfigError."""
@@ -38,18 +41,25 @@ def build(args: dict[str, Any]) -> Application:
     return build_application(parse_config(args, origin="args"))
 
 
-def build_application(options: ServeOptions, *, host: str | None = None) -> Application:
+def build_application(
+    options: ServeOptions, *, host: str | None = None, max_failed_starts: int = MAX_FAILED_STARTS
+) -> Application:
     """The application of these options. A fresh secret joins its processes and no others.
 
-    `host` is where hub and replicas listen for them; None is each node's own address.
+    `host` is where hub and replicas listen for them; None is each node's own address. `max_failed_starts`: of a
+    deployment's first processes, before Serve gives the application up.
     """
     secret = secrets.token_bytes(32)
     hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host)
     total = sum(model.num_replicas for model in options.models)
-    models = {model.name: _model(model, options).bind(model, secret, hub, host, total) for model in options.models}
+    models = {
+        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, total)
+        for model in options.models
+    }
     gateway = _deployment(
         GatewayDeployment,
         name="gateway",
+        max_constructor_retry_count=max_failed_starts,
         num_replicas=options.gateway.num_gateways,
         ray_actor_options={"num_cpus": 0.25},
         max_ongoing_requests=1000,
@@ -60,11 +70,12 @@ def build_application(options: ServeOptions, *, host: str | None = None) -> Appl
     return gateway.bind(options.gateway, secret, hub, models)
 
 
-def _model(model: ModelOptions, options: ServeOptions) -> ray_serve.Deployment:
+def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -> ray_serve.Deployment:
     on_gpu = model.device == "cuda"
     return _deployment(
         ReplicaDeployment,
         name=deployment_name(model),
+        max_constructor_retry_count=max_failed_starts,
         num_replicas=model.num_replicas,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": 1 if on_gpu else 0},
         # The engine batches what runs and bounds what waits; Serve must not hold requests back before it.

@@ -22,6 +22,7 @@ import psutil
 from serve.deployments.reaper import watch_over
 from serve.errors import ConfigError, TandemError
 from serve.options import ServeOptions
+from serve.preflight import settle
 from serve.request import ModelCard
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class RayApplication:
             ray.shutdown()
 
     def _start(self) -> str:
+        # Keys are read here: the gateway's node on a cluster has neither this machine's files nor this environment.
+        options = settle(self._options, loads_here=self._ray_address is None)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self._ray_address is None and "RAY_AUTH_MODE" not in os.environ:
@@ -122,7 +125,9 @@ class RayApplication:
             )
         try:
             handle = ray_serve.run(
-                build_application(self._options, host="127.0.0.1" if self._ray_address is None else None),
+                build_application(
+                    options, host="127.0.0.1" if self._ray_address is None else None, max_failed_starts=1
+                ),
                 name=APPLICATION,
                 route_prefix="/tandem",
                 logging_config=quiet,
@@ -131,7 +136,7 @@ class RayApplication:
             raise _deploy_error(ray_serve, error) from None
         # Serve calls deployments ready on their own; what counts is that the gateway has met every model.
         try:
-            names = [model.name for model in self._options.models]
+            names = [model.name for model in options.models]
             self._cards = handle.meet.remote(names).result(timeout_s=MEETING_S)
         except TimeoutError:
             raise TandemError(f"start-up failed: the gateway did not reach every model in {MEETING_S:g} s") from None

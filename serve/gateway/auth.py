@@ -6,6 +6,7 @@ the path the router sees, exact names only, and everything not named here needs 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import os
@@ -27,27 +28,13 @@ class Keys:
     """The keys of this server. Without any, everything is open."""
 
     def __init__(self, keys: Sequence[str], *, metrics_require_key: bool = False) -> None:
-        self._hashes = [_hash(key) for key in dict.fromkeys(keys)]
+        self._hashes = [_hash(key) for key in keys]
         self._open = OPEN_PATHS if metrics_require_key else OPEN_PATHS | {METRICS_PATH}
 
     @classmethod
     def load(cls, options: GatewayOptions, environment: Mapping[str, str] = os.environ) -> Keys:
         """Keys from the options, their file and TANDEM_API_KEY. Raises ConfigError."""
-        keys = [*options.api_key]
-        if options.api_key_file is not None:
-            try:
-                lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"api_key_file {options.api_key_file!r} cannot be read: {_reason(error)}") from None
-            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-            if not found:
-                raise ConfigError(f"api_key_file {options.api_key_file!r} holds no key; write one a line")
-            keys += found
-        if environment.get(ENVIRONMENT_KEY):
-            keys.append(environment[ENVIRONMENT_KEY])
-        if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
-            raise ConfigError("an API key is empty or holds other than printable ASCII characters")
-        return cls(keys, metrics_require_key=options.metrics_require_key)
+        return cls(_collect(options, environment), metrics_require_key=options.metrics_require_key)
 
     @property
     def are_required(self) -> bool:
@@ -91,9 +78,37 @@ def check_exposure(options: GatewayOptions, keys: Keys) -> None:
     """Raises ConfigError for a socket others can reach when nothing asks them for a key."""
     if options.host not in LOOPBACK_NAMES and not keys.are_required and not options.allow_unauthenticated:
         raise ConfigError(
-            f"host is {options.host!r}, which others can reach, and there is no API key; set api_key (or "
-            f"{ENVIRONMENT_KEY}), bind 127.0.0.1, or set allow_unauthenticated"
+            f"others can reach --host {options.host!r}, and there is no API key; give --api-key, --api-key-file or "
+            f"{ENVIRONMENT_KEY}, bind 127.0.0.1, or say --allow-unauthenticated"
         )
+
+
+def settle_keys(options: GatewayOptions, environment: Mapping[str, str] = os.environ) -> GatewayOptions:
+    """`options` with all keys in `api_key`: for gateways on machines that have neither this file nor this environment.
+
+    Raises ConfigError for what a gateway would refuse about keys and exposure, before anything is started.
+    """
+    settled = dataclasses.replace(options, api_key=tuple(_collect(options, environment)), api_key_file=None)
+    check_exposure(settled, Keys(settled.api_key))
+    return settled
+
+
+def _collect(options: GatewayOptions, environment: Mapping[str, str]) -> list[str]:
+    keys = [*options.api_key]
+    if options.api_key_file is not None:
+        try:
+            lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {options.api_key_file!r} cannot be read: {_reason(error)}") from None
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise ConfigError(f"--api-key-file {options.api_key_file!r} holds no key; write one a line")
+        keys += found
+    if environment.get(ENVIRONMENT_KEY):
+        keys.append(environment[ENVIRONMENT_KEY])
+    if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
+        raise ConfigError("an API key is empty or holds other than printable ASCII characters")
+    return list(dict.fromkeys(keys))
 
 
 def _hash(key: str) -> bytes:

@@ -11,7 +11,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from serving import Serving, eventually, serving
+from serving import Serving, eventually, launched, serving
 from tiny import tiny_folder
 
 pytestmark = pytest.mark.ray
@@ -149,6 +149,16 @@ def test_killed_command_leaves_no_process(server):
     assert len(children) > 8
     server.process.kill()
     eventually(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), within_s=30)
+
+
+def test_a_model_that_cannot_be_served_is_refused_once_and_in_one_line(tmp_path):
+    broken = tiny_folder(tmp_path)
+    (broken / "tokenizer.json").write_text("{")
+    with launched(str(broken), "--threads", "1") as server:
+        assert server.process.wait(timeout=180) == 1
+        words = "tokenizer.json is not valid JSON"
+        eventually(lambda: server.lines[-1].startswith("tandem: ") and words in server.lines[-1])
+        assert sum("process started" in line for line in server.lines) <= 4  # the command, hub, gateway, one replica
 
 
 def test_sigterm_leaves_nothing_behind(folder):

@@ -56,6 +56,23 @@ def test_a_broken_model_ends_the_start_in_one_line_and_leaves_no_process(folder,
         eventually(lambda: not any(is_alive(process) for process in started))
 
 
+@pytest.mark.parametrize("way", [(), ("--no-ray",)], ids=["ray", "no-ray"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--host", "0.0.0.0"), "others can reach --host '0.0.0.0', and there is no API key; give --api-key"),
+        (("/absent/model",), "model: '/absent/model' is not a folder on this machine, and not a hub id"),
+        (("--api-key-file", "/absent/keys"), "--api-key-file '/absent/keys' cannot be read: No such file"),
+        (("--api-key", "caf\u00e9"), "an API key is empty or holds other than printable ASCII"),
+    ],
+)
+def test_keys_exposure_and_paths_are_refused_before_anything_starts(way, flags, words):
+    with launched(*way, *flags) as server:
+        assert server.process.wait(timeout=60) == 1
+        eventually(lambda: server.lines[-1].startswith("tandem: ") and words in server.lines[-1])
+        assert sum("process started" in line for line in server.lines) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_ends_the_start_with_zero(folder, number):
     with launched(str(folder), *ARGUMENTS) as server:

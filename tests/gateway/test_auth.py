@@ -9,7 +9,7 @@ import pytest
 from gateway_fakes import FakeBackend, call, fake_gateway
 
 from serve.errors import ConfigError
-from serve.gateway.auth import OPEN_PATHS, Keys, check_exposure
+from serve.gateway.auth import OPEN_PATHS, Keys, check_exposure, settle_keys
 from serve.gateway.errors import Unauthorized
 from serve.options import GatewayOptions
 
@@ -88,6 +88,17 @@ def test_unusable_key_files_are_refused(tmp_path, text):
         Keys.load(GatewayOptions(api_key_file=str(path)), {})
 
 
+def test_settled_options_need_neither_file_nor_environment(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("from-file\nflag\n")
+    options = GatewayOptions(host="0.0.0.0", api_key=("flag",), api_key_file=str(path))
+    settled = settle_keys(options, {"TANDEM_API_KEY": "env"})
+    assert settled.api_key == ("flag", "from-file", "env") and settled.api_key_file is None
+    assert settle_keys(GatewayOptions(), {}) == GatewayOptions()
+    with pytest.raises(ConfigError, match="--host"):
+        settle_keys(GatewayOptions(host="0.0.0.0"), {})
+
+
 def test_keys_are_not_kept():
     keys = Keys(["super-secret"])
     assert "super-secret" not in repr(vars(keys))
@@ -95,7 +106,7 @@ def test_keys_are_not_kept():
 
 def test_reachable_socket_without_keys_is_refused_unless_asked_for():
     open_options = GatewayOptions(host="0.0.0.0")
-    with pytest.raises(ConfigError, match="api_key"):
+    with pytest.raises(ConfigError, match=r"--host '0\.0\.0\.0'.*--api-key"):
         check_exposure(open_options, Keys([]))
     check_exposure(open_options, Keys(["k"]))
     check_exposure(GatewayOptions(host="0.0.0.0", allow_unauthenticated=True), Keys([]))

@@ -241,7 +241,7 @@ def test_drained_gateway_refuses_and_says_so(tmp_path):
 def test_public_address_without_keys_is_refused_at_start(tmp_path):
     async def scenario():
         async with stack(tmp_path) as site:
-            with pytest.raises(ConfigError, match="api_key"):
+            with pytest.raises(ConfigError, match="--api-key"):
                 await site.gateway(host="0.0.0.0")
             _, client = await site.gateway(host="0.0.0.0", api_key=("k",))
             assert client.base_url.host == "127.0.0.1"
