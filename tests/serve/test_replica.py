@@ -16,15 +16,16 @@ import torch
 from fake_backend import FakeBackend, request
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import tiny_folder
+from tiny_pipelines import save, sd3_pipeline
 
 from serve import replica as replica_module
 from serve.channel import ChannelClient
 from serve.errors import ConfigError, EngineDead, ReplicaLost
-from serve.events import Finished, TokenDelta
+from serve.events import Finished, ImagePreview, ImageReady, TokenDelta
 from serve.hub import Hub, ReplicaEntry
 from serve.options import ModelOptions
 from serve.replica import Replica, Served
-from serve.request import SamplingParams, TextRequest
+from serve.request import ImageRequest, SamplingParams, TextRequest
 
 SECRET = b"s" * 32
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -63,6 +64,15 @@ async def started(
 
 def fake(backend: FakeBackend) -> Callable[..., Served]:
     return lambda options, observer, on_death: Served(backend, {"tokenizer.json": b"{}"})
+
+
+def by_label(text: str) -> dict[tuple[str, str], float]:
+    """Sample name and the value of the label that tells its series apart → value."""
+    return {
+        (sample.name, next(filter(None, map(sample.labels.get, ("stage", "reason", "kind"))), "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def samples(text: str) -> dict[str, float]:
@@ -173,6 +183,34 @@ def test_a_text_model_is_built_served_and_measured(tmp_path):
             assert found["tandem_kv_cache_blocks"] > 0 and found["tandem_kv_cache_usage_ratio"] == 0
             assert found["tandem_model_info"] == 1 and found["tandem_requests_running"] == 0
             assert found["tandem_step_tokens_sum"] >= 37 + 5 + 5 + 5
+
+    run(test)
+
+
+def test_an_image_model_is_built_served_and_measured(tmp_path):
+    torch.set_num_threads(1)
+    model = str(save(sd3_pipeline(has_t5=False), tmp_path / "model"))
+    options = ModelOptions(model=model, served_model_name=("tiny",), device="cpu", threads=1)
+
+    async def test() -> None:
+        async with started(tmp_path, options) as (_, hub, client):
+            limits = client.card.image
+            assert client.card.kind == "image" and limits is not None and client.bundle == {}
+            asked = ImageRequest(
+                request_id="r", model="tiny", prompt="a cat", width=32, height=32, num_inference_steps=4,
+                guidance_scale=3.0, solver=limits.solvers[0], seed=1, num_previews=1, n=2,
+            )  # fmt: skip
+            events = [event async for events in await client.submit(asked) for event in events]
+            for kind, number in ((ImagePreview, 2), (ImageReady, 2), (Finished, 2)):
+                assert sum(isinstance(event, kind) for event in events) == number
+            found: dict[tuple[str, str], float] = {}
+            while found.get(("tandem_jobs_total", "stop")) != 2:
+                await asyncio.sleep(0.05)
+                found = by_label(hub.render())
+            assert found["tandem_image_step_rows_sum", "denoise"] == 2 * 2 * 4
+            assert found["tandem_image_step_tokens_sum", "decode"] == 2 * 2 * 64
+            assert found["tandem_image_step_seconds_count", "encode"] == 1
+            assert found["tandem_model_info", "image"] == 1
 
     run(test)
 
