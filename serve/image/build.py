@@ -17,7 +17,7 @@ from models.dit.base import DiT
 from models.dit.pipeline import StockPipeline
 from models.source import SourceError, kind_of, resolve
 from models.weight_files import WeightsError
-from serve.compute import choose_device, choose_dtype, process_age_s, set_threads, settle_threads
+from serve.compute import choose_device, choose_dtype, keep_freed_memory, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer, Runner
 from serve.errors import ConfigError
@@ -75,6 +75,7 @@ def build_engine(
     started = time.monotonic()
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
+    keep_freed_memory()
     model = _load(options, folder or resolve_image_model(options), device)
     threads = settle_threads(options, threads, model.num_parameters)
     limits = _limits(options, model)

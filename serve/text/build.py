@@ -19,7 +19,7 @@ from models.registry import load_text_model
 from models.source import SourceError, kind_of, resolve
 from models.text.base import CausalLM, ModelError
 from models.weight_files import WeightsError
-from serve.compute import choose_device, choose_dtype, process_age_s, set_threads, settle_threads
+from serve.compute import choose_device, choose_dtype, keep_freed_memory, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
@@ -78,6 +78,7 @@ def build_engine(
     started = time.monotonic()
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
+    keep_freed_memory()
     model = _load(options, folder or resolve_text_model(options), device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
