@@ -157,7 +157,8 @@ def test_a_model_that_cannot_be_served_is_refused_once_and_in_one_line(tmp_path)
     with launched(str(broken), "--threads", "1") as server:
         assert server.process.wait(timeout=180) == 1
         words = "tokenizer.json is not valid JSON"
-        eventually(lambda: server.lines[-1].startswith("tandem: ") and words in server.lines[-1])
+        # Ray may still pass on what its processes wrote.
+        eventually(lambda: any(line.startswith("tandem: ") and words in line for line in server.lines))
         assert sum("process started" in line for line in server.lines) <= 4  # the command, hub, gateway, one replica
 
 
