@@ -23,6 +23,7 @@ import torch
 from loadtest import gpu_correctness
 from loadtest.device_limits import DeviceLimits, measure_limits
 from loadtest.engine import offline
+from loadtest.report import Report
 from loadtest.workload import Generate, Prompt
 from models.source import resolve
 from serve.options import ModelOptions
@@ -86,21 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
             measure_transformers(work, report, is_random=not args.model)
     print("everything is right" if is_right else "SOMETHING IS WRONG, see the lines with kind=correctness")
     return 0 if is_right else 1
-
-
-class Report:
-    """Prints rows and appends them to a file."""
-
-    def __init__(self, path: str | None):
-        self._path = path
-
-    def __call__(self, **row: Any) -> None:
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        line = json.dumps(rounded)
-        print("RESULT " + line, flush=True)
-        if self._path:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 def check(scratch: Path, report: Report) -> bool:

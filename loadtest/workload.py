@@ -115,7 +115,7 @@ def measure(name: str, generate: Generate, *, repetitions: int, about: dict[str,
         "step_ms": round(1e3 * wall_s / max(p.num_output for p in prompts), 3) if name[0] == "S" else None,
         "own_cores": own,
         "foreign_cores": foreign,
-        "peak_rss_mb": _peak_rss_mb(),
+        "peak_rss_mb": peak_rss_mb(),
         "out_crc": zlib.crc32(json.dumps(first).encode()),
         "head": first[0][:8],
     }
@@ -131,7 +131,8 @@ def _machine_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _peak_rss_mb() -> int | None:
+def peak_rss_mb() -> int | None:
+    """The most memory this process has held; None where the system does not tell."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) >> 10 for line in file if line.startswith("VmHWM"))
