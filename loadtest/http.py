@@ -5,8 +5,7 @@
 Each request streams, ignores the end token and asks for exactly `--output-len` tokens, so that every run does the same
 work. TTFT is from sending the request to the first content; ITL are the gaps between content chunks (a chunk may hold
 several tokens when the client is slower than the server); TPOT is (E2E - TTFT) / (tokens - 1). Tokens are the server's
-own `usage`, checked against what was asked. The client speaks HTTP/1.1 on plain sockets, because it shares the cores
-with the server when both run on one machine: what a client library costs would be counted as the server's.
+own `usage`, checked against what was asked.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import asyncio
 import json
 import random
 import time
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+
+from loadtest.client import HttpError, Server
 
 WORDS = [
     "red",
@@ -53,25 +54,25 @@ class Result:
 
 async def main(arguments: argparse.Namespace) -> dict[str, object]:
     """Run the load and return the report, one JSON-able mapping."""
-    url = urlsplit(arguments.base_url)
-    host, port = url.hostname or "127.0.0.1", url.port or 80
+    server = Server.at(arguments.base_url, arguments.api_key)
     random_source = random.Random(arguments.seed)
-    bodies = [_body(arguments, random_source) for _ in range(arguments.num_prompts)]
+    bodies = [make_body(arguments, random_source) for _ in range(arguments.num_prompts)]
     for body in bodies[: arguments.num_warmups]:
-        await _request(host, port, body, arguments)
+        await request(server, body, arguments)
     queue = iter(bodies)
     results: list[Result] = []
 
     async def client() -> None:
         for body in queue:
-            results.append(await _request(host, port, body, arguments))
+            results.append(await request(server, body, arguments))
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(arguments.max_concurrency)))
     return _report(arguments, results, time.perf_counter() - began)
 
 
-def _body(arguments: argparse.Namespace, random_source: random.Random) -> bytes:
+def make_body(arguments: argparse.Namespace, random_source: random.Random) -> bytes:
+    """A streaming request with a prompt of random words."""
     prompt = " ".join(random_source.choice(WORDS) for _ in range(arguments.input_len))
     fields: dict[str, object] = {
         "model": arguments.model,
@@ -89,58 +90,35 @@ def _body(arguments: argparse.Namespace, random_source: random.Random) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def _request(host: str, port: int, body: bytes, arguments: argparse.Namespace) -> Result:
-    result = Result(time.perf_counter())
+async def request(server: Server, body: bytes, arguments: argparse.Namespace, result: Result | None = None) -> Result:
+    """Send one and read its answer to the end. Into `result`, where one is given, as it comes: a caller that cancels
+    this has what there was."""
+    result = result or Result(time.perf_counter())
     try:
-        reader, writer = await asyncio.open_connection(host, port)
-    except OSError as error:
-        result.error = f"connect: {error.strerror or error}"
-        return result
-    key = f"Authorization: Bearer {arguments.api_key}\r\n" if arguments.api_key else ""
-    head = (
-        f"POST {arguments.endpoint} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n{key}Connection: close\r\n\r\n"
-    )
-    try:
-        writer.write(head.encode() + body)
-        await _read(reader, result)
-    except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-        result.error = result.error or f"{type(error).__name__}: {error}"
-    finally:
-        writer.close()
+        await _read(server, body, arguments, result)
+    except (HttpError, OSError, asyncio.IncompleteReadError, ValueError) as error:
+        result.error = str(error) if isinstance(error, HttpError) else f"{type(error).__name__}: {error}"
     if not result.error and result.num_tokens != arguments.output_len:
         result.error = f"{result.num_tokens} tokens where {arguments.output_len} were asked"
     return result
 
 
-async def _read(reader: asyncio.StreamReader, result: Result) -> None:
-    """Read one streamed response to its end, noting when content came."""
-    status = await reader.readline()
-    if b" 200 " not in status:
-        rest = await reader.read(65536)
-        result.error = f"{status.decode('latin-1').strip()}: {rest[-300:].decode('utf-8', 'replace')}"
-        return
-    while (await reader.readline()).strip():
-        pass
+async def _read(server: Server, body: bytes, arguments: argparse.Namespace, result: Result) -> None:
+    """Note when content came."""
     last = 0.0
-    while line := await reader.readline():  # chunk sizes and blank lines between events are skipped as non-data
-        if not line.startswith(b"data: "):
-            continue
-        if line.startswith(b"data: [DONE]"):
-            break
-        now = time.perf_counter()
-        event = json.loads(line[6:])
-        if "error" in event:
-            result.error = str(event["error"].get("message"))
-            return
-        if usage := event.get("usage"):
-            result.num_tokens = usage["completion_tokens"]
-        if any((choice.get("delta") or {}).get("content") or choice.get("text") for choice in event["choices"]):
-            if last:
-                result.gaps.append(now - last)
-            else:
-                result.ttft = now - result.started
-            last = now
+    async with aclosing(server.events(arguments.endpoint, body)) as events:
+        async for now, event in events:
+            if "error" in event:
+                result.error = str(event["error"].get("message"))
+                return
+            if usage := event.get("usage"):
+                result.num_tokens = usage["completion_tokens"]
+            if any((choice.get("delta") or {}).get("content") or choice.get("text") for choice in event["choices"]):
+                if last:
+                    result.gaps.append(now - last)
+                else:
+                    result.ttft = now - result.started
+                last = now
     result.e2e = time.perf_counter() - result.started
 
 
@@ -161,14 +139,14 @@ def _report(arguments: argparse.Namespace, results: list[Result], wall: float) -
         "duration_s": round(wall, 3),
         "request_throughput": round(len(good) / wall, 2),
         "output_throughput": round(sum(result.num_tokens for result in good) / wall, 1),
-        "ttft_ms": _percentiles([result.ttft for result in good]),
-        "itl_ms": _percentiles(gaps),
-        "tpot_ms": _percentiles(tpots),
-        "e2el_ms": _percentiles([result.e2e for result in good]),
+        "ttft_ms": percentiles([result.ttft for result in good]),
+        "itl_ms": percentiles(gaps),
+        "tpot_ms": percentiles(tpots),
+        "e2el_ms": percentiles([result.e2e for result in good]),
     }
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
+def percentiles(values: list[float]) -> dict[str, float]:
     """p50, p90 and p99 in milliseconds, by the nearest rank."""
     ranked = sorted(values)
     if not ranked:
@@ -176,21 +154,22 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": round(1e3 * ranked[min(len(ranked) - 1, len(ranked) * p // 100)], 2) for p in (50, 90, 99)}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.http", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--endpoint", default="/v1/chat/completions", help="or /v1/completions")
-    parser.add_argument("--model", default="tandem-text")
-    parser.add_argument("--api-key", default="")
-    parser.add_argument("--max-concurrency", type=int, default=64)
-    parser.add_argument("--num-prompts", type=int, default=256)
-    parser.add_argument("--num-warmups", type=int, default=2)
-    parser.add_argument("--input-len", type=int, default=16, help="words of the prompt")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens of the answer")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The command line; other benchmarks take the same load from it."""
+    made = argparse.ArgumentParser(prog="python -m loadtest.http", description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--base-url", default="http://127.0.0.1:8000")
+    made.add_argument("--endpoint", default="/v1/chat/completions", help="or /v1/completions")
+    made.add_argument("--model", default="tandem-text")
+    made.add_argument("--api-key", default="")
+    made.add_argument("--max-concurrency", type=int, default=64)
+    made.add_argument("--num-prompts", type=int, default=256)
+    made.add_argument("--num-warmups", type=int, default=2)
+    made.add_argument("--input-len", type=int, default=16, help="words of the prompt")
+    made.add_argument("--output-len", type=int, default=64, help="tokens of the answer")
+    made.add_argument("--temperature", type=float, default=0.0)
+    made.add_argument("--seed", type=int, default=0)
+    return made
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(_parser().parse_args()))))
+    print(json.dumps(asyncio.run(main(parser().parse_args()))))
