@@ -64,6 +64,12 @@ def check_local(model: str, *, load_format: str = "auto") -> None:
         _require_files(folder, load_format)
 
 
+def local_kind(model: str) -> str | None:
+    """ "text" or "image" for a model on this machine; None for a hub id. Raises SourceError."""
+    folder = _local(model)
+    return None if folder is None else kind_of(folder)
+
+
 def kind_of(folder: Path) -> str:
     """ "text" or "image", by the file that describes the model. Raises SourceError when there is neither."""
     for name, kind in _DESCRIPTIONS.items():

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from models.source import SourceError, local_kind
 from serve.application import Application
 from serve.config import load_config
 from serve.errors import ConfigError, TandemError
@@ -149,9 +150,10 @@ def _options(arguments: argparse.Namespace) -> ServeOptions:
 def _build(models: Sequence[str], model_flags: dict[str, Any], gateway_flags: dict[str, Any]) -> ServeOptions:
     if len(models) > 1 and "served_model_name" in model_flags:
         raise ConfigError("--served-model-name names one model; use --config to name several")
+    fitting = _fitting(models, model_flags)
     try:
         return ServeOptions(
-            models=tuple(ModelOptions(model=model, **model_flags) for model in models),
+            models=tuple(ModelOptions(model=model, **fitting[model]) for model in models),
             gateway=GatewayOptions(**gateway_flags),
         )
     except ValueError as error:
@@ -159,6 +161,24 @@ def _build(models: Sequence[str], model_flags: dict[str, Any], gateway_flags: di
         raise ConfigError(
             f"{_flag(first)} {rest}" if first in {**model_flags, **gateway_flags} else str(error)
         ) from None
+
+
+def _fitting(models: Sequence[str], flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The flags of each model: those of one kind are for the models of that kind. A flag that fits none is left to all,
+    to be refused by name. Raises ConfigError."""
+    try:
+        kinds = {model: flags.get("kind") or local_kind(model) for model in models}
+    except SourceError as error:
+        raise ConfigError(f"model: {error}") from None
+    only = {spec.name: spec.metadata.get("only") for spec in dataclasses.fields(ModelOptions)}
+    return {
+        model: {
+            name: value
+            for name, value in flags.items()
+            if only[name] is None or kind in (None, only[name]) or only[name] not in kinds.values()
+        }
+        for model, kind in kinds.items()
+    }
 
 
 def _given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:

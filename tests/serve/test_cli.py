@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from fake_backend import card
 
-from serve.cli import _announce, main
+from serve.cli import _announce, _options, _parser, main
 from serve.options import GatewayOptions, ModelOptions
 from serve.request import ImageLimits
 
@@ -31,6 +31,26 @@ def test_wrong_options_end_in_one_line(arguments, expected):
         main(["serve", *arguments])
     message = str(ended.value.code)
     assert message.startswith("tandem: ") and expected in message and "\n" not in message
+
+
+def folder(tmp_path, name, file):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text("{}")
+    return str(tmp_path / name)
+
+
+def test_a_flag_of_one_kind_is_for_the_models_of_that_kind(tmp_path):
+    text, image = folder(tmp_path, "writer", "config.json"), folder(tmp_path, "drawer", "model_index.json")
+    flags = ["--max-model-len", "64", "--max-num-images", "3", "--threads", "1"]
+    writer, drawer = _options(_parser().parse_args(["serve", text, image, *flags])).models
+    assert (writer.max_model_len, writer.max_num_images, writer.threads) == (64, 32, 1)
+    assert (drawer.max_model_len, drawer.max_num_images, drawer.threads) == (None, 3, 1)
+
+
+def test_a_flag_that_fits_no_model_is_refused_before_anything_starts(tmp_path):
+    image = folder(tmp_path, "drawer", "model_index.json")
+    with pytest.raises(SystemExit, match=r"max_model_len is an option of text models and means nothing for"):
+        main(["serve", image, "--load-format", "dummy", "--no-ray", "--max-model-len", "64"])
 
 
 @pytest.mark.parametrize("arguments", [["--max-seqs", "4"], ["m", "--port", "eighty"], ["m", "--dtype", "int3"]])
