@@ -1,4 +1,4 @@
-"""What a backend answers: frozen, plain values. A stream is lists of events, ended by one `Finished` per choice or image.
+"""What a backend answers: frozen, plain values. A stream is lists of events, with one `Finished` per choice or image.
 
 Text comes as token ids, which the gateway turns into text; images come as the bytes of a PNG, JPEG or WebP file.
 """

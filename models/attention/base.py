@@ -46,6 +46,14 @@ class TokenLayout:
     num_computed: Sequence[int]
     block_tables: Sequence[Sequence[int]]
 
+    def slots(self, block_size: int) -> list[int]:
+        """Where the new positions go, in order: block id * `block_size` + place in the block."""
+        return [
+            table[position // block_size] * block_size + position % block_size
+            for num_new, start, table in zip(self.num_new, self.num_computed, self.block_tables, strict=True)
+            for position in range(start, start + num_new)
+        ]
+
 
 class AttentionBackend(Protocol):
     """One way to keep and read keys and values. An instance belongs to one runner and one cache spec."""

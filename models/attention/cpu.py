@@ -120,15 +120,14 @@ class CpuAttention:
 
     def plan(self, layout: TokenLayout) -> _Plan:
         size, num_heads = self._spec.block_size, self._spec.num_kv_heads
-        rows: list[int] = []
-        fresh: list[int] = []
+        slots_T1 = torch.tensor(layout.slots(size))[:, None]
+        first_TK = (slots_T1 // size * 2 * num_heads + torch.arange(num_heads)) * size
+        keys_TK = first_TK + slots_T1 % size
+        fresh = []
         for num_new, start, table in zip(layout.num_new, layout.num_computed, layout.block_tables, strict=True):
-            length = start + num_new
-            stride = 2 * num_heads * size
-            rows += [table[position // size] * stride + position % size for position in range(start, length)]
-            if length % size and (length // size) * size >= start:
-                fresh.append(table[length // size])
-        keys_TK = torch.tensor(rows)[:, None] + torch.arange(0, num_heads * size, size)
+            last, filled = divmod(start + num_new, size)
+            if filled and last * size >= start:
+                fresh.append(table[last])
         return _Plan(layout, keys_TK, keys_TK + num_heads * size, torch.tensor(fresh) if fresh else None)
 
     def attend(
@@ -145,9 +144,10 @@ class CpuAttention:
     ) -> torch.Tensor:
         if plan.fresh is not None:
             kv.index_fill_(0, plan.fresh, 0)
-        rows = kv.view(-1, self._spec.head_dim)
-        rows.index_copy_(0, plan.keys_TK.view(-1), k_TKH.reshape(-1, self._spec.head_dim))
-        rows.index_copy_(0, plan.values_TK.view(-1), v_TKH.reshape(-1, self._spec.head_dim))
+        head_dim = self._spec.head_dim
+        by_row = kv.view(-1, head_dim)
+        by_row.index_copy_(0, plan.keys_TK.view(-1), k_TKH.reshape(-1, head_dim))
+        by_row.index_copy_(0, plan.values_TK.view(-1), v_TKH.reshape(-1, head_dim))
         if window not in plan.work:
             plan.work[window] = self._work(plan.layout, window, may_share=softcap is None)
         families, decodes, chunks = plan.work[window]

@@ -68,13 +68,10 @@ class TritonAttention:
     def plan(self, layout: TokenLayout) -> _Plan:
         size, device = self._spec.block_size, self._spec.device
         tile = max(1, _ROWS // self._num_groups)
-        slots: list[int] = []
         decodes: list[tuple[int, int, int, int]] = []
         chunks: list[tuple[int, int, int, int]] = []
         row = 0
         for index, (num_new, start) in enumerate(zip(layout.num_new, layout.num_computed, strict=True)):
-            table = layout.block_tables[index]
-            slots += [table[place // size] * size + place % size for place in range(start, start + num_new)]
             if num_new == 1:
                 decodes.append((index, row, start, 1))
             else:
@@ -85,7 +82,7 @@ class TritonAttention:
         most = max(-(-(new + start) // size) for new, start in zip(layout.num_new, layout.num_computed, strict=True))
         padded = [list(table[:most]) + [0] * (most - len(table)) for table in layout.block_tables]
         return _Plan(
-            torch.tensor(slots).to(device, non_blocking=True),
+            torch.tensor(layout.slots(size)).to(device, non_blocking=True),
             torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True),
             [
                 _Tiles(torch.tensor(tiles, dtype=torch.int32).t().contiguous().to(device, non_blocking=True), queries)
