@@ -1,8 +1,9 @@
-"""Checks and measures a GPU: `python -m loadtest.gpu [--model MODEL] [-b 1,8,32,128] [--context 512] [-o FILE]`.
+"""Checks and measures a GPU: `python -m loadtest.gpu [--only text|images] [--model MODEL] [-o FILE]`.
 
-One script for any machine with torch, transformers, safetensors, numpy and pillow: correctness against the CPU, then
-decode and prefill tokens/s beside the measured bandwidth and matrix rate of the card, then transformers' continuous
-batching on the same shapes. Without `--model` a random 1.2 B Llama is used. Prints `RESULT {json}` lines; exit status 1
+One script for any machine with torch, transformers, safetensors, numpy and pillow; images need diffusers too and are
+left out, with a sentence, where it is absent. Text: correctness against the CPU, then decode and prefill tokens/s
+beside the measured bandwidth and matrix rate of the card, then transformers' continuous batching on the same shapes;
+without `--model` that of a random 1.2 B Llama. Images: see `gpu_images.py`. Prints `RESULT {json}` lines; exit status 1
 when something is wrong.
 """
 
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 
-from loadtest import gpu_correctness
+from loadtest import gpu_correctness, gpu_images
 from loadtest.device_limits import DeviceLimits, measure_limits
 from loadtest.engine import offline
+from loadtest.image_peers import NO_DIFFUSERS, diffusers_version
 from loadtest.report import Report
 from loadtest.workload import Generate, Prompt
 from models.source import resolve
@@ -54,39 +56,52 @@ PREFILL_LENGTHS = (128, 512, 2048, 8192)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("text", "images"), help="leave the other out")
     parser.add_argument("--model", help="folder or hub id; default: a random 1.2 B Llama")
     parser.add_argument("-b", "--batch-sizes", default="1,8,32,128")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens of the decode measurements")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers and diffusers' own pipeline out")
     parser.add_argument("-o", "--out", help="append the lines to this file too")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"no CUDA device: torch {torch.__version__} finds none, so there is nothing to check or to measure here")
         return 2
-    report = Report(args.out)
+    report, is_right = Report(args.out), True
     with tempfile.TemporaryDirectory() as scratch:
-        is_right = check(Path(scratch), report)
         limits = measure_limits(torch.device("cuda"))
         report(
             kind="limits", device=limits.name, read_gb_s=limits.read_bytes_s / 1e9, tflop_s=limits.matmul_flop_s / 1e12
         )
-        folder = resolve(args.model) if args.model else _write_config(Path(scratch) / "llama-1b")
-        work = Work(folder, limits, [int(size) for size in args.batch_sizes.split(",")], args.context)
-        options = ModelOptions(
-            model=str(folder),
-            device="cuda",
-            load_format="auto" if args.model else "dummy",
-            enable_prefix_caching=False,
-            max_num_seqs=max(256, *work.batch_sizes),
-        )
-        engine, card = build_engine(options)
-        work.measure("tandem", offline(engine), report, f"{card.dtype} kv {card.kv_cache_tokens} tokens")
-        del engine
-        _free()
-        if not args.no_peer:
-            measure_transformers(work, report, is_random=not args.model)
+        if args.only != "images":
+            is_right &= check(Path(scratch), report)
+            measure_text(args, Path(scratch), limits, report)
+        if args.only != "text" and diffusers_version() is None:
+            print(NO_DIFFUSERS)
+        elif args.only != "text":
+            is_right &= gpu_images.check_images(Path(scratch), report)
+            gpu_images.measure_images(Path(scratch), limits, report, has_peer=not args.no_peer)
     print("everything is right" if is_right else "SOMETHING IS WRONG, see the lines with kind=correctness")
     return 0 if is_right else 1
+
+
+def measure_text(args: argparse.Namespace, scratch: Path, limits: DeviceLimits, report: Report) -> None:
+    """Speed rows of the engine, then of transformers."""
+    folder = resolve(args.model) if args.model else _write_config(scratch / "llama-1b")
+    work = Work(folder, limits, [int(size) for size in args.batch_sizes.split(",")], args.context)
+    options = ModelOptions(
+        model=str(folder),
+        device="cuda",
+        load_format="auto" if args.model else "dummy",
+        enable_prefix_caching=False,
+        max_num_seqs=max(256, *work.batch_sizes),
+    )
+    engine, card = build_engine(options)
+    work.measure("tandem", offline(engine), report, f"{card.dtype} kv {card.kv_cache_tokens} tokens")
+    del engine
+    _free()
+    if not args.no_peer:
+        measure_transformers(work, report, is_random=not args.model)
+        _free()
 
 
 def check(scratch: Path, report: Report) -> bool:

@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from serve.image.build import build_engine
 from serve.image.trajectory import Trajectory
 from serve.options import ModelOptions
 from serve.request import ImageLimits, ModelCard
+
+NO_DIFFUSERS = "images were not measured: diffusers is not installed, and image models are made of its parts"
 
 Picture = bytes
 """RGB, a byte each, row by row."""
@@ -56,6 +59,14 @@ class StepMeter:
     @property
     def mean_rows(self) -> float:
         return self.num_rows / max(1, self.num_forwards)
+
+
+def diffusers_version() -> str | None:
+    """None where it is not installed: then there is no image model, and nothing of this can run."""
+    try:
+        return version("diffusers")
+    except PackageNotFoundError:
+        return None
 
 
 class EnginePeer:

@@ -19,14 +19,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loadtest.dummy_dit import DIT_S_2, write_dit
-from loadtest.image_peers import Ask, EnginePeer, Picture, StepMeter, StockPeer, largest_difference
+from loadtest.image_peers import (
+    NO_DIFFUSERS,
+    Ask,
+    EnginePeer,
+    Picture,
+    StepMeter,
+    StockPeer,
+    diffusers_version,
+    largest_difference,
+)
 from loadtest.report import Report
 from loadtest.workload import CpuMeter, peak_rss_mb
 from serve.options import ModelOptions
@@ -41,10 +49,9 @@ MOST_MIXED = 8
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        diffusers = version("diffusers")
-    except PackageNotFoundError:
-        print("images were not measured: diffusers is not installed, and the models are made of its parts")
+    diffusers = diffusers_version()
+    if diffusers is None:
+        print(NO_DIFFUSERS)
         return 2
     report = Report(args.out)
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loadtest import images
+from loadtest import image_peers, images
 from loadtest.dummy_dit import DIT_S_2, DiTShape, write_dit
 from loadtest.image_peers import Ask, EnginePeer, StockPeer, largest_difference
 from serve.options import ModelOptions
@@ -99,7 +99,7 @@ def test_without_diffusers_it_says_so(monkeypatch, capsys):
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(images, "version", missing)
+    monkeypatch.setattr(image_peers, "version", missing)
     assert images.main(["dit-s-2"]) == 2
     assert "diffusers is not installed" in capsys.readouterr().out
 

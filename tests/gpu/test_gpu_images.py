@@ -1,0 +1,89 @@
+"""On a CUDA device: the same images as on CPU, in mixed batches as alone, and steps that do not wait for the device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loadtest import gpu_images
+from loadtest.image_peers import EnginePeer, Picture, largest_difference
+
+pytest.importorskip("diffusers", reason="no diffusers: image models are made of its parts, so none is checked")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no CUDA device: images on CUDA, their batches and their overlapping steps remain unchecked",
+    ),
+]
+
+LEVELS = 1
+"""Of 255, in float32: each shape of a matrix product adds up in another order, which may tip a rounding."""
+
+
+@pytest.fixture(scope="module", params=["class-conditional", "text to image"])
+def folder(request, tmp_path_factory) -> Path:
+    from tiny_pipelines import dit_pipeline, save, sd3_pipeline
+
+    make = dit_pipeline if request.param == "class-conditional" else sd3_pipeline
+    return save(make(), tmp_path_factory.mktemp("models") / "it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    with gpu_images.exact_convolutions():
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> list[Picture]:
+    return gpu_images.make_alone(gpu_images.peer_on(folder, "cuda", depth=0))
+
+
+def test_float32_images_are_those_of_the_cpu(folder, alone):
+    assert largest_difference(alone, gpu_images.make_alone(gpu_images.peer_on(folder, "cpu"))) <= LEVELS
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_images_in_mixed_batches_are_those_made_alone(folder, alone, depth):
+    assert largest_difference(gpu_images.make_mixed(gpu_images.peer_on(folder, "cuda", depth=depth)), alone) <= LEVELS
+
+
+def test_steps_overlap_by_default(folder):
+    peer = gpu_images.peer_on(folder, "cuda")
+    assert peer.card.dtype == "float32" and peer.card.device.startswith("cuda") and peer._engine._depth == 1
+
+
+def test_denoise_and_decode_steps_do_not_wait_for_the_device(folder):
+    peer = gpu_images.peer_on(folder, "cuda", depth=1)
+    gpu_images.make_mixed(peer)  # what is slow the first time may wait
+    waits = _waits(peer)
+    gpu_images.make_mixed(peer)
+    assert waits == []
+
+
+def _waits(peer: EnginePeer) -> list[str]:
+    """Filled with torch's warnings of synchronising calls while batches of these stages are submitted. Encoding may
+    wait, once an image: tokens come from the host."""
+    waits: list[str] = []
+    runner: Any = peer._engine._runner
+    submit = runner.submit
+
+    def watched(batch: Any) -> Any:
+        if batch.stage == "encode":
+            return submit(batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return submit(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                waits.extend(f"{batch.stage}: {warning.message}" for warning in caught)
+
+    runner.submit = watched
+    return waits
