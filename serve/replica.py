@@ -16,10 +16,11 @@ from pathlib import Path
 
 from serve.backend import Backend
 from serve.channel_server import ChannelServer
-from serve.errors import ConfigError, EngineDead
+from serve.errors import EngineDead
 from serve.hub import Address, HubClient, ReplicaEntry
 from serve.metrics import EngineObserver, Recorder
-from serve.options import ModelOptions, check_kind
+from serve.model_folder import find_model
+from serve.options import ModelOptions
 from serve.request import ModelCard
 
 log = logging.getLogger(__name__)
@@ -46,17 +47,7 @@ def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath, *,
 
     `num_replicas_here` share this machine's cores and memory.
     """
-    from models.source import SourceError, kind_of, resolve
-
-    try:
-        folder = resolve(options.model, options.revision, load_format=options.load_format)
-        kind = options.kind or kind_of(folder)
-    except SourceError as error:
-        raise ConfigError(f"model: {error}", param="model") from error
-    try:
-        check_kind(options, kind)
-    except ValueError as error:
-        raise ConfigError(str(error), param=str(error).split()[0]) from None
+    folder, kind = find_model(options)
     return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death)
 
 

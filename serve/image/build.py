@@ -15,7 +15,6 @@ import torch
 
 from models.dit.base import DiT
 from models.dit.pipeline import StockPipeline
-from models.source import SourceError, kind_of, resolve
 from models.weight_files import WeightsError
 from serve.compute import choose_device, choose_dtype, keep_freed_memory, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
@@ -27,6 +26,7 @@ from serve.image.runner import ImageRunner
 from serve.image.scheduler import ImageScheduler
 from serve.image.solo import SoloRunner
 from serve.image.trajectory import ImageBatch, ImageOutput, Trajectory
+from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.request import ImageLimits, ModelCard
 
@@ -76,7 +76,7 @@ def build_engine(
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
     keep_freed_memory()
-    model = _load(options, folder or resolve_image_model(options), device)
+    model = _load(options, folder or find_model(options, "image")[0], device)
     threads = settle_threads(options, threads, model.num_parameters)
     limits = _limits(options, model)
     runner, scheduler = _assemble(options, model, limits, device)
@@ -111,18 +111,6 @@ def build_engine(
         *(limits.width, limits.height, limits.num_inference_steps, card.load_s),
     )
     return engine, card, is_batched
-
-
-def resolve_image_model(options: ModelOptions) -> Path:
-    """The folder of the model's files, fetched if need be. Raises ConfigError."""
-    try:
-        folder = resolve(options.model, options.revision, load_format=options.load_format)
-        kind = options.kind or kind_of(folder)
-    except SourceError as error:
-        raise ConfigError(f"model: {error}", param="model") from error
-    if kind != "image":
-        raise ConfigError(f"{options.model!r} is a text model; give an image model", param="model")
-    return folder
 
 
 def _load(options: ModelOptions, folder: Path, device: torch.device) -> DiT | StockPipeline:

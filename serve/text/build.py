@@ -16,13 +16,13 @@ import torch
 from models.attention.base import KVCacheSpec
 from models.attention.build import make_attention
 from models.registry import load_text_model
-from models.source import SourceError, kind_of, resolve
 from models.text.base import CausalLM, ModelError
 from models.weight_files import WeightsError
 from serve.compute import choose_device, choose_dtype, keep_freed_memory, process_age_s, set_threads, settle_threads
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
+from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
@@ -79,7 +79,7 @@ def build_engine(
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
     keep_freed_memory()
-    model = _load(options, folder or resolve_text_model(options), device, progress=progress)
+    model = _load(options, folder or find_model(options, "text")[0], device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
     runner, size = _fit_runner(options, model, device, budget, num_replicas_here)
@@ -162,18 +162,6 @@ def _fit_runner(
     except DeviceFault as error:
         raise ConfigError(f"{options.model!r}: {error}", param="model") from error
     return runner, size
-
-
-def resolve_text_model(options: ModelOptions) -> Path:
-    """The folder of the model's files, fetched if need be. Raises ConfigError."""
-    try:
-        folder = resolve(options.model, options.revision, load_format=options.load_format)
-        kind = options.kind or kind_of(folder)
-    except SourceError as error:
-        raise ConfigError(f"model: {error}", param="model") from error
-    if kind != "text":
-        raise ConfigError(f"{options.model!r} is an image model; give a text model", param="model")
-    return folder
 
 
 def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress: bool) -> CausalLM:

@@ -129,7 +129,7 @@ def test_weights_that_compute_nan_are_refused_at_the_start(folders, tmp_path):
 def test_what_is_no_image_model_is_a_config_error(tmp_path, model):
     if model == "text":
         (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"model_index\.json|is a text model"):
+    with pytest.raises(ConfigError, match=r"model_index\.json|is no image model"):
         build_engine(options(tmp_path, load_format="dummy"))
 
 

@@ -233,7 +233,7 @@ def test_an_image_model_is_built_served_and_measured(tmp_path):
 )
 def test_what_cannot_be_served_is_refused_with_a_clear_sentence(tmp_path, monkeypatch, options, words):
     if options.kind is not None:
-        monkeypatch.setattr("models.source.resolve", lambda *args, **kwargs: tmp_path)
+        monkeypatch.setattr("serve.model_folder.resolve", lambda *args, **kwargs: tmp_path)
 
     async def test() -> None:
         with pytest.raises(ConfigError) as raised:

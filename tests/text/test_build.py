@@ -115,7 +115,7 @@ def test_weights_that_compute_nan_are_refused_at_the_start(folder, tmp_path):
 
 def test_an_image_model_is_refused_with_a_sentence(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ConfigError, match="image model"):
+    with pytest.raises(ConfigError, match="is no text model, its kind is 'image'"):
         build_quietly(tmp_path)
 
 
