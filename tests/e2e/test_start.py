@@ -43,7 +43,7 @@ def test_a_hub_id_is_fetched_and_served(folder, tmp_path):
         ("model.safetensors", b"", "cannot be read as safetensors"),
         ("tokenizer.json", b"{", "tokenizer.json is not valid JSON"),
         ("chat_template.jinja", b"{% if %}", "the chat template is not valid jinja2"),
-        ("model_index.json", b"{}", "of kind 'image', and Tandem serves models of kind 'text'"),
+        ("model_index.json", b"{}", "names the pipeline None; diffusers classes are run only"),
     ],
 )
 def test_a_broken_model_ends_the_start_in_one_line_and_leaves_no_process(folder, file, content, words):
