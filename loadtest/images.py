@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         for concurrency in args.concurrency:
             for row in bench.compare(concurrency, args.num_images, repetitions=args.reps):
                 report(**row)
-        for num_images in (MOST_MIXED, 4 * MOST_MIXED):
+        for num_images in () if args.no_mix else (MOST_MIXED, 4 * MOST_MIXED):
             report(**bench.mix(num_images, repetitions=args.reps))
     return 0
 
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--max-num-batched-tokens", type=int, help="latent tokens times rows of a step")
     parser.add_argument("--no-peer", action="store_true", help="leave the stock pipeline out")
+    parser.add_argument("--no-mix", action="store_true", help="leave the mixed workload out")
     return parser
 
 
