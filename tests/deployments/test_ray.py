@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import threading
@@ -11,8 +13,10 @@ import httpx
 import openai
 import psutil
 import pytest
+from PIL import Image
 from serving import Serving, eventually, launched, serving
 from tiny import tiny_folder
+from tiny_pipelines import dit_pipeline
 
 pytestmark = pytest.mark.ray
 TRAPS = ("serve.py", "models/__init__.py", "request.py")
@@ -24,14 +28,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    """Two replicas behind one gateway, started from a folder whose files must never be imported."""
+def pictures(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "dit"
+    dit_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder, pictures, tmp_path_factory):
+    """Two replicas of a text model and one of an image model behind one gateway, started from a folder whose files must
+    never be imported."""
     trapped = tmp_path_factory.mktemp("trapped")
     for trap in TRAPS:
         (trapped / trap).parent.mkdir(exist_ok=True)
         (trapped / trap).write_text("raise SystemExit('imported from the working directory')\n")
-    arguments = [str(folder), "--served-model-name", "tiny", "--num-replicas", "2", "--threads", "1"]
-    with serving(*arguments, cwd=trapped, timeout_s=180) as running:
+    text = {"model": str(folder), "served_model_name": ["tiny"], "num_replicas": 2, "threads": 1}
+    image = {"model": str(pictures), "served_model_name": ["tiny-image"], "threads": 1}
+    config = trapped / "tandem.yaml"
+    config.write_text(json.dumps({"models": [text, image]}))
+    with serving("--config", str(config), cwd=trapped, timeout_s=180) as running:
         yield running
 
 
@@ -51,7 +66,8 @@ def ask(server: Serving, **fields):
 def replicas(server: Serving) -> list[psutil.Process]:
     """The worker processes of the model's replicas, by the title Ray gives them."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if "ServeReplica:tandem:model-tiny" in " ".join(child.cmdline())]
+    title = re.compile(r"ServeReplica:tandem:model-tiny(?!-image)")
+    return [child for child in children if title.search(" ".join(child.cmdline()))]
 
 
 def test_streamed_and_whole_answers_are_equal(server):
@@ -76,6 +92,19 @@ def test_many_requests_at_once_all_end_right(server):
     for thread in threads:
         thread.join()
     assert answers == [expected] * 24
+
+
+def test_images_come_beside_text_and_a_seed_gives_the_same_again(server):
+    def image(**fields) -> bytes:
+        answer = client(server).images.generate(
+            model="tiny-image", prompt="3", extra_body={"seed": 7, "num_inference_steps": 3, **fields}
+        )
+        return base64.b64decode(answer.data[0].b64_json)
+
+    first = image()
+    assert Image.open(io.BytesIO(first)).size == (32, 32)
+    assert image() == first != image(seed=8)
+    assert ask(server).status_code == 200
 
 
 def test_refusals_are_http_errors(server):
@@ -140,7 +169,7 @@ def test_killed_replica_ends_its_streams_with_an_error_and_is_replaced(server):
         if own[-1] != "data: [DONE]":
             assert json.loads(own[-1][6:])["error"]["code"] in ("replica_lost", "unavailable")
     eventually(lambda: ask(server).status_code == 200, within_s=60)
-    eventually(lambda: len(replicas(server)) == 2 and server.metric("tandem_replicas") == 2, within_s=90)
+    eventually(lambda: len(replicas(server)) == 2 and server.metric("tandem_replicas") == 3, within_s=90)
 
 
 def test_killed_command_leaves_no_process(server):
