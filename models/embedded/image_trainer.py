@@ -43,7 +43,7 @@ class DenoiserOptions:
     checkpoint_every_s: float = 120.0
     watch_every_s: float = 480.0
     watch_steps: int = 12
-    watch_guidance: float = 3.0
+    watch_guidance: float = 2.0
 
 
 class DenoiserTrainer:

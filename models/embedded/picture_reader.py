@@ -5,16 +5,22 @@ drawing, and answers None for what it does not recognise rather than the nearest
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from models.embedded.pictures import BACKGROUNDS, COLOURS, PLACES, SHAPES, Combination, rgb
 
+# Legend: H rows, W columns
+
 FARTHEST_COLOUR = 0.2
 """A colour farther than this from every name (RGB, each 0..1) has none; the two closest names are 0.33 apart."""
 LEAST_OVERLAP = 0.7
 """Least intersection over union with the best shape, at its place and size."""
+
+FAINT = 0.15
+"""Pixels with less of the colour than this count as background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +56,14 @@ def read_picture(image_3HW: Tensor) -> Reading:
     ink_3 = image_3HW[:, pure_HW].median(1).values
     step_3 = ink_3 - paper_3
     cover_HW = ((image_3HW - paper_3[:, None, None]) * step_3[:, None, None]).sum(0) / step_3.square().sum()
-    cover_HW = cover_HW.clamp(0, 1)
+    cover_HW = torch.where(cover_HW < FAINT, 0, cover_HW.clamp(max=1))
     inside = cover_HW > 0.5
     if not inside.any():
         return Reading(None, None, background)
     rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
     top, bottom = float(rows[0]), float(rows[-1] + 1)
     left, right = float(columns[0]), float(columns[-1] + 1)
-    overlaps = {shape: _overlap(shape, cover_HW, top, bottom, left, right) for shape in SHAPES}
+    overlaps = {shape: _overlap(shape, cover_HW) for shape in SHAPES}
     shape = max(overlaps, key=lambda name: overlaps[name])
     return Reading(
         shape if overlaps[shape] >= LEAST_OVERLAP else None,
@@ -75,30 +81,27 @@ def _name(colour_3: Tensor, names: "tuple[str, ...] | dict[str, tuple[int, int, 
     return nearest if distances[nearest] <= FARTHEST_COLOUR else None
 
 
-def _overlap(shape: str, cover_HW: Tensor, top: float, bottom: float, left: float, right: float) -> float:
-    """Intersection over union with the shape stretched into the box."""
-    west, east, north, south = _extents(shape)
+def _overlap(shape: str, cover_HW: Tensor) -> float:
+    """Intersection over union with the shape of the same area around the same centre of mass."""
     height, width = cover_HW.shape
-    scale = ((right - left) / (east - west) + (bottom - top) / (south - north)) / 2
-    x = (torch.arange(width) + 0.5 - (left + right) / 2) / scale + (west + east) / 2
-    y = (torch.arange(height).view(-1, 1) + 0.5 - (top + bottom) / 2) / scale + (north + south) / 2
+    area, shape_x, shape_y = _moments(shape)
+    columns_W, rows_H1 = torch.arange(width) + 0.5, torch.arange(height).view(-1, 1) + 0.5
+    total = cover_HW.sum()
+    scale = (total / area).sqrt()
+    x = (columns_W - (cover_HW * columns_W).sum() / total) / scale + shape_x
+    y = (rows_H1 - (cover_HW * rows_H1).sum() / total) / scale + shape_y
     x, y = torch.broadcast_tensors(x, y)
     expected_HW = (0.5 - SHAPES[shape](x, y) * scale).clamp(0, 1)
     return float(torch.minimum(expected_HW, cover_HW).sum() / torch.maximum(expected_HW, cover_HW).sum())
 
 
-def _extents(shape: str) -> tuple[float, float, float, float]:
-    """West, east, north and south end of a shape of radius 1."""
-    if shape not in _EXTENTS:
-        line = torch.linspace(-1.1, 1.1, 441)
-        x, y = torch.broadcast_tensors(line, line.view(-1, 1))
-        inside = SHAPES[shape](x, y) <= 0
-        columns, rows = line[inside.any(0)], line[inside.any(1)]
-        _EXTENTS[shape] = (float(columns[0]), float(columns[-1]), float(rows[0]), float(rows[-1]))
-    return _EXTENTS[shape]
-
-
-_EXTENTS: dict[str, tuple[float, float, float, float]] = {}
+@cache
+def _moments(shape: str) -> tuple[float, float, float]:
+    """Area and centre of mass of a shape of radius 1."""
+    line = torch.linspace(-1.1, 1.1, 441)
+    x, y = torch.broadcast_tensors(line, line.view(-1, 1))
+    inside = SHAPES[shape](x, y) <= 0
+    return float(inside.sum()) * (2.2 / 440) ** 2, float(x[inside].mean()), float(y[inside].mean())
 
 
 def _place(x: float, y: float) -> str:

@@ -32,8 +32,8 @@ from models.embedded.training_budget import TrainingBudget
 WORK = FOLDER / ".train"
 SHIFT = 3.0
 DEFAULTS = {
-    "num_inference_steps": 16,
-    "guidance_scale": 3.0,
+    "num_inference_steps": 12,
+    "guidance_scale": 2.0,
     "width": 64,
     "height": 64,
     "sizes": [[64, 64], [48, 48], [96, 64], [64, 96], [96, 96]],
