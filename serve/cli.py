@@ -29,7 +29,7 @@ from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions, ServeOptions
 from serve.request import ModelCard
 
-DEFAULT_MODELS = ("tandem-text",)
+DEFAULT_MODELS = ("tandem-text", "tandem-image")
 """What `tandem serve` serves when nothing is named: the models that ship with the package."""
 
 

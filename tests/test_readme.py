@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import serving
@@ -39,22 +42,26 @@ def test_first_commands_are_the_two_a_newcomer_needs():
 
 def test_every_shell_block_is_known():
     """A new shell block needs a test that runs it."""
-    assert [block.split()[0] for block in blocks("shell")] == ["pip", "curl", "pip"]
+    assert [block.split()[0] for block in blocks("shell")] == ["pip", "curl", "curl", "pip"]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_example_answers_right(server):
-    [command] = [block for block in blocks("shell") if block.startswith("curl")]
-    done = subprocess.run(
-        ["bash", "-c", command.replace(ADDRESS, server.url)], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert '"85"' in done.stdout or "85" in done.stdout.split('"content":')[1]
+def test_curl_examples_answer_right(server):
+    def run(command: str) -> dict[str, Any]:
+        typed = ["bash", "-c", command.replace(ADDRESS, server.url)]
+        answer: dict[str, Any] = json.loads(subprocess.run(typed, capture_output=True, timeout=60, check=True).stdout)
+        return answer
+
+    chat, image = (run(block) for block in blocks("shell") if block.startswith("curl"))
+    assert "85" in chat["choices"][0]["message"]["content"]
+    assert base64.b64decode(image["data"][0]["b64_json"]).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples_run(server, code):
+def test_python_examples_run(server, code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code.replace(ADDRESS, server.url)],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
@@ -65,7 +72,7 @@ def test_python_examples_run(server, code):
 
 def test_example_config_is_valid(capsys):
     main(["check", str(ROOT / "deploy" / "example.yaml")])
-    assert "valid, 1 models" in capsys.readouterr().out
+    assert "valid, 2 models" in capsys.readouterr().out
 
 
 def test_every_path_in_the_readme_exists():

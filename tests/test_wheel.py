@@ -74,4 +74,4 @@ def test_wheel_serves_from_another_folder(wheel, tmp_path):
     assert all(path.startswith(str(site)) for path in embedded)
     with serving("--no-ray", cwd=elsewhere, command=[str(python), "-m", "serve.cli"]) as server:
         models = httpx.get(f"{server.url}/v1/models", timeout=10).json()
-    assert [model["id"] for model in models["data"]] == ["tandem-text"]
+    assert sorted(model["id"] for model in models["data"]) == ["tandem-image", "tandem-text"]
