@@ -70,7 +70,7 @@ def test_keys_exposure_and_paths_are_refused_before_anything_starts(way, flags, 
     with launched(*way, *flags) as server:
         assert server.process.wait(timeout=60) == 1
         eventually(lambda: server.lines[-1].startswith("tandem: ") and words in server.lines[-1])
-        assert sum("process started" in line for line in server.lines) == 1
+        assert sum("process started" in line for line in server.lines) <= 1  # the command itself
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
