@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,12 @@ ImageEngine = Engine[Trajectory, ImageBatch, ImageOutput]
 
 
 def make_engine(
-    model: DiT, *, depth: int = 0, max_num_images: int = 16, cap: int = 1 << 20
+    model: DiT,
+    *,
+    depth: int = 0,
+    max_num_images: int = 16,
+    cap: int = 1 << 20,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[ImageEngine, ImageRunner]:
     spec = model.spec
     runner = ImageRunner(model, torch.device("cpu"))
@@ -36,7 +43,7 @@ def make_engine(
         max_num_images=max_num_images,
         max_num_batched_tokens=cap,
     )
-    return Engine(scheduler, runner, depth=depth), runner
+    return Engine(scheduler, runner, depth=depth, clock=clock), runner
 
 
 def job(name: str, **values: Any) -> Trajectory:

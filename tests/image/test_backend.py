@@ -254,8 +254,9 @@ def test_one_failing_image_ends_the_request_with_its_error():
 
 def test_a_deadline_reaches_the_reader():
     async def test():
-        setup = Setup()
-        stream = await setup.backend.submit(request(timeout_s=0.02, num_inference_steps=50))
+        now = iter(range(1000))
+        setup = Setup(clock=lambda: float(next(now)))  # every look at the clock is a second later
+        stream = await setup.backend.submit(request(timeout_s=20.0, num_inference_steps=50))
         with pytest.raises(DeadlineExceeded):
             await setup.read(stream)
 
