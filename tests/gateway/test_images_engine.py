@@ -181,7 +181,10 @@ def test_deadline_ends_an_image_with_504(tmp_path):
     async def scenario(made):
         made.device.gate.clear()
         asking = asyncio.create_task(made.ask(timeout=0.2))
-        await asyncio.sleep(0.4)
+        async with asyncio.timeout(10):
+            while not made.device.batches:  # the request has arrived, so its time runs
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
         made.device.gate.set()
         reply = await asking
         assert reply.status == 504 and reply.json()["error"]["code"] == "deadline_exceeded"
