@@ -8,14 +8,36 @@ model has text encoders, with tokenizers, of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """What the output must be. Text only: it is compiled in the replica, which knows the tokens (`serve/text/grammar.py`).
+
+    kind            source
+    json_object     "": any JSON object
+    json_schema     a JSON Schema, as JSON
+    regex           a regular expression that matches the whole output
+    choice          a JSON list of strings, one of which is the output
+    grammar         a grammar in EBNF (GBNF, as llama.cpp and xgrammar write it) or Lark
+    structural_tag  JSON {"triggers": [...], "structures": [{"begin", "schema", "end"}, ...]}: free text until a trigger;
+                    then one of the structures that begin with it: `begin`, JSON by `schema`, `end`; then free text again.
+                    "at_least_one": true: the output begins with a structure; "stop_after_first": true: it ends there.
+    """
+
+    kind: GrammarKind
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Names and meaning as in the OpenAI API and vLLM.
 
-    Order of application: logit bias, minimum length (end tokens masked), penalties, temperature, min-p, top-k, top-p,
-    then a Gumbel-max draw keyed by (seed, position). `temperature` 0 is greedy.
+    Order of application: logit bias, minimum length (end tokens masked), grammar, penalties, temperature, min-p, top-k,
+    top-p, then a Gumbel-max draw keyed by (seed, position). `temperature` 0 is greedy.
     """
 
     max_tokens: int
@@ -36,6 +58,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """End the generation; the stop token is reported in `Finished.stop_token_id` and not delivered as output."""
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    """Tokens that cannot continue the output by it are masked, before everything that filters."""
     logprobs: int | None = None
     """Report the chosen token's log-probability and this many alternatives (0: only the chosen). None: nothing."""
 
