@@ -15,7 +15,7 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grammar:
-    """What the output must be. Text only: it is compiled in the replica, which knows the tokens (`serve/text/grammar.py`).
+    """What the output must be. Plain text: it is compiled in the replica, which knows the tokens.
 
     kind            source
     json_object     "": any JSON object
@@ -23,9 +23,10 @@ class Grammar:
     regex           a regular expression that matches the whole output
     choice          a JSON list of strings, one of which is the output
     grammar         a grammar in EBNF (GBNF, as llama.cpp and xgrammar write it) or Lark
-    structural_tag  JSON {"triggers": [...], "structures": [{"begin", "schema", "end"}, ...]}: free text until a trigger;
-                    then one of the structures that begin with it: `begin`, JSON by `schema`, `end`; then free text again.
-                    "at_least_one": true: the output begins with a structure; "stop_after_first": true: it ends there.
+    structural_tag  JSON {"triggers": [...], "structures": [{"begin", "schema", "end"}, ...]}: free text until a
+                    trigger, then one of the structures that begin with it: `begin`, JSON by `schema`, `end`; and so
+                    on. "at_least_one": true, the output begins with a structure; "stop_after_first": true, it ends
+                    after one.
     """
 
     kind: GrammarKind
