@@ -96,7 +96,7 @@ def least_engine(num_jobs: int) -> tuple[Engine[Any, Any, Any], list[Job]]:
 def text_engine(num_jobs: int) -> tuple[Engine[Any, Any, Any], list[Job]]:
     def answer(batch: TokenBatch) -> TokenOutput:
         nothing = [None] * len(batch.rows)
-        return TokenOutput([1 if row.samples else None for row in batch.rows], nothing, nothing)
+        return TokenOutput([(1,) if row.samples else () for row in batch.rows], nothing, nothing)
 
     scheduler = TokenScheduler(
         KVCache(num_blocks=(num_jobs + 16) * (MAX_TOKENS // 16 + 2)),

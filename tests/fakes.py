@@ -149,7 +149,7 @@ class FakeTokenRunner:
 
     def collect(self, handle: TokenBatch) -> TokenOutput:
         assert self.in_flight.pop(0) is handle, "collected out of order"
-        token_ids = [self._compute(row) for row in handle.rows]
+        token_ids = [() if (token := self._compute(row)) is None else (token,) for row in handle.rows]
         self.saboteur.strike("collect", self._progress(handle))
         return TokenOutput(token_ids, [None] * len(token_ids), [None] * len(token_ids))
 
@@ -234,13 +234,14 @@ class FakeTokenScheduler:
         return TokenBatch(self._step, rows) if rows else None
 
     def update(self, batch: TokenBatch, output: TokenOutput) -> Iterable[Update[Sequence]]:
-        for row, token in zip(batch.rows, output.token_ids, strict=True):
+        for row, sampled in zip(batch.rows, output.token_ids, strict=True):
             seq = row.job
             if seq.epoch != row.epoch:
                 continue
             seq.num_computed = row.start + len(row.token_ids)
-            if token is None:
+            if not sampled:
                 continue
+            (token,) = sampled
             seq.num_pending -= 1
             if token == EOS and not seq.sampling.ignore_eos:
                 self._release(seq)

@@ -1,7 +1,8 @@
 """A fake device for tokens: no model, but a memory. What it samples is a hash of the tokens it finds in the blocks.
 
 A scheduler that shares, frees or reuses a block wrongly makes it read other tokens than the sequence's own, and the
-outputs differ from `tokens_alone`. Batches are computed when they are collected, as late as a real device may.
+outputs differ from `tokens_alone`. Batches are computed when they are collected, as late as a real device may. Drafts
+are what it is going to sample, spoilt here and there, so that any number of them is accepted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from serve.request import SamplingParams
 from serve.text.kv_cache import KVCache
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import PENDING, Sequence, TokenBatch, TokenOutput
+from serve.text.speculative import until_rejected
 
 VOCAB = 13
 EOS = 0
@@ -58,6 +60,30 @@ def tokens_alone(prompt: list[int], sampling: SamplingParams) -> list[int]:
     return output
 
 
+def guess(job: Sequence, num_drafts: int) -> list[int]:
+    """Drafts: the job's next tokens, up to one that is wrong in a fifth of the places."""
+    known = list(job.token_ids)
+    for _ in range(num_drafts):
+        is_wrong = crc32(array("i", known).tobytes(), 1) % 5 == 0
+        known.append((next_token(known, job.sampling.seed) + is_wrong) % VOCAB)
+    return known[len(job.token_ids) :]
+
+
+class RandomLength:
+    """A `DraftLength` that follows no rule but a seed, another number every step."""
+
+    def __init__(self, most: int, seed: int = 0):
+        self._most = most
+        self._state = seed
+        self.num_observed = 0
+
+    def choose(self, num_rows: int) -> int:
+        return crc32(array("i", [self._state, num_rows]).tobytes()) % (self._most + 1)
+
+    def observe(self, batch: TokenBatch, output: TokenOutput) -> None:
+        self._state += 1
+
+
 def require(holds: bool, otherwise: str) -> None:
     """A breach of the scheduler's contract ends the engine, where an AssertionError would count as a failing batch."""
     if not holds:
@@ -81,13 +107,16 @@ class TokenDevice:
         require(bool(batch.rows), "an empty batch")
         tables = []
         for row in batch.rows:
-            end = row.start + len(row.token_ids)
+            end = row.start + len(row.token_ids) + row.num_drafts
             require(bool(row.token_ids), "a row without tokens")
             require(PENDING not in row.token_ids[:-1], "a pending token that is not the last")
             num_missing = row.start + len(row.token_ids) - len(row.job.token_ids)
             require(num_missing < 2 or not row.job.sampling.needs_history, "a history with a gap")
             tables.append(row.block_table[: -(-end // self.block_size)])
             require(len(tables[-1]) * self.block_size >= end, "a row without room")
+            if row.num_drafts:
+                require(row.samples and row.token_ids == row.job.token_ids[row.start :], "drafts behind unknown tokens")
+                row.drafts = guess(row.job, row.num_drafts)
         for earlier, earlier_tables in self._unsettled:
             for a, a_table in zip(earlier.rows, earlier_tables):
                 written = set(a_table[a.start // self.block_size :])
@@ -104,20 +133,26 @@ class TokenDevice:
             raise RuntimeError("this batch fails")
         slots = [[block * self.block_size + i for block in table for i in range(self.block_size)] for table in tables]
         for row, slots_of_row in zip(batch.rows, slots):
-            for position, token_id in enumerate(row.token_ids, row.start):
+            for position, token_id in enumerate(row.token_ids + row.drafts, row.start):
                 self._memory[slots_of_row[position]] = self._last.get(row.job.id) if token_id == PENDING else token_id
         output = TokenOutput([], [], [])
         for row, slots_of_row in zip(batch.rows, slots):
-            seen = [self._memory[slot] for slot in slots_of_row[: row.start + len(row.token_ids)]]
+            end = row.start + len(row.token_ids)
+            seen = [self._memory[slot] for slot in slots_of_row[: end + len(row.drafts)]]
             known = [-2 if token_id is None else token_id for token_id in seen]
-            token_id = next_token(known, row.job.sampling.seed) if row.samples else None
-            if token_id is not None:
-                require(row.sample_position == len(known), "a wrong position of the random stream")
-                self._last[row.job.id] = token_id
+            sampled: tuple[int, ...] = ()
+            if row.samples:
+                require(row.sample_position == end, "a wrong position of the random stream")
+                seed = row.job.sampling.seed
+                drawn = [next_token(known[: end + i], seed) for i in range(len(row.drafts) + 1)]
+                sampled = until_rejected(drawn, row.drafts)
+                self._last[row.job.id] = sampled[-1]
             wants_logprobs = row.samples and row.job.sampling.logprobs is not None
-            output.token_ids.append(token_id)
-            output.logprobs.append(logprob_of([*known, token_id]) if wants_logprobs and token_id is not None else None)
-            output.prompt_logprobs.append(self._scores(row.job, known, row.start) if row.scores_prompt else None)
+            full = [*known[:end], *sampled]
+            entries = tuple(logprob_of(full[: i + 1]) for i in range(end, len(full)))
+            output.token_ids.append(sampled)
+            output.logprobs.append(entries if wants_logprobs else None)
+            output.prompt_logprobs.append(self._scores(row.job, known[:end], row.start) if row.scores_prompt else None)
         return output
 
     @staticmethod

@@ -27,6 +27,12 @@ class Stream(IntEnum):
 
     TARGET = 0
     """The draw of a token from the model's own distribution."""
+    DRAFT = 1
+    """The draw of a draft token from the draft model's distribution."""
+    ACCEPT = 2
+    """Whether a draft token is accepted."""
+    RECOVER = 3
+    """The draw of the token in the place of a rejected one."""
 
 
 class GumbelNoise:
@@ -59,9 +65,17 @@ class GumbelNoise:
 
 def row_key(seed: int, position: int, stream: Stream = Stream.TARGET) -> tuple[int, int]:
     """The two keys of one draw: splitmix64 (Steele et al., 2014) over the seed, then over position and stream."""
-    state = _splitmix64(seed & _MASK64)
-    state = _splitmix64(state ^ (position << 8 | stream))
+    state = _state(seed, position, stream)
     return _signed(state & 0xFFFFFFFF), _signed(state >> 32)
+
+
+def uniform(seed: int, position: int, stream: Stream) -> float:
+    """One number in (0, 1), of 52 bits."""
+    return ((_state(seed, position, stream) >> 12) + 0.5) * 2.0**-52
+
+
+def _state(seed: int, position: int, stream: Stream) -> int:
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ (position << 8 | stream))
 
 
 def _splitmix64(x: int) -> int:

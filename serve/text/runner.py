@@ -26,6 +26,7 @@ from serve.text.cuda_graph import DecodeGraphs
 from serve.text.logprobs import Scores, score
 from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
+from serve.text.speculative import until_rejected
 from serve.transfer import to_device, to_host
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class _Flight:
     """A submitted step: results in host memory once `done` has happened."""
 
     rows: list[Row]
-    sampling: list[Row]
+    draws: list[Row]
     token_ids_R: torch.Tensor
     best_R: torch.Tensor
     scored: list[int]
@@ -86,7 +87,7 @@ class TokenRunner:
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._is_async = cache.device.type == "cuda"
         self._previous: tuple[list[Row], torch.Tensor] | None = None
-        """Sampling rows of the last submitted step and their token ids on the device."""
+        """Draws of the last submitted step and their token ids on the device."""
         self._canary_logits: torch.Tensor | None = None
         self._graphs: DecodeGraphs | None = None
         if max_rows_in_graph:
@@ -162,7 +163,7 @@ class TokenRunner:
         num_new: list[int] = []
         last: list[int] = []
         for row in rows:
-            new, start = row.token_ids, row.start
+            new, start = row.token_ids + row.drafts if row.drafts else row.token_ids, row.start
             if len(new) == 1:
                 ids.append(new[0])
                 positions.append(start)
@@ -171,8 +172,8 @@ class TokenRunner:
                 positions += range(start, start + len(new))
             num_new.append(len(new))
             if row.samples:
-                last.append(len(ids) - 1)
-        sampling = [row for row in rows if row.samples] if len(last) < len(rows) else rows
+                last += range(len(ids) - 1 - len(row.drafts), len(ids))
+        draws = _draws(rows)
         num_tokens = len(ids)
         pending = self._pending(ids, rows)
 
@@ -187,15 +188,15 @@ class TokenRunner:
             hidden_TD = self._forward(ids_T, positions_T, layout)
 
         prompts = [self._score_prompt(i, rows, num_new, hidden_TD) for i, row in enumerate(rows) if row.scores_prompt]
-        if sampling:
+        if draws:
             hidden_RD = hidden_TD if len(last) == num_tokens else hidden_TD[last_R]
             pending_R = ids_T[last_R] if pending is not None else None
-            sampled = self._sampler.sample(self.model.logits(hidden_RD), sampling, pending_R)
+            sampled = self._sampler.sample(self.model.logits(hidden_RD), draws, pending_R)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             sampled = Sampled(nothing, nothing, [], None)
-        self._previous = (sampling, sampled.token_ids_R)
-        return self._take_off(rows, sampling, sampled, prompts)
+        self._previous = (draws, sampled.token_ids_R)
+        return self._take_off(rows, draws, sampled, prompts)
 
     def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
@@ -210,7 +211,7 @@ class TokenRunner:
         index = {row.job.id: i for i, row in enumerate(previous_rows)}
         to, of, at = [], [], -1
         for row in rows:
-            at += len(row.token_ids)
+            at += len(row.token_ids) + len(row.drafts)
             if row.token_ids[-1] == PENDING:
                 to.append(at)
                 of.append(index[row.job.id])
@@ -233,15 +234,13 @@ class TokenRunner:
             scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), logits_RV.amax()))
         return scores
 
-    def _take_off(
-        self, rows: list[Row], sampling: list[Row], sampled: Sampled, prompts: list[_PromptScores]
-    ) -> _Flight:
+    def _take_off(self, rows: list[Row], draws: list[Row], sampled: Sampled, prompts: list[_PromptScores]) -> _Flight:
         """Start the copies to the host."""
         for prompt in prompts:
             prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
         flight = _Flight(
             rows,
-            sampling,
+            draws,
             to_host(sampled.token_ids_R),
             to_host(sampled.best_R),
             sampled.scored,
@@ -263,26 +262,35 @@ class TokenRunner:
         return self.model.logits(hidden_TD).cpu()
 
 
+def _draws(rows: list[Row]) -> list[Row]:
+    """One entry per token that the step samples, in order."""
+    if any(row.drafts for row in rows):
+        return [row.after(i) for row in rows if row.samples for i in range(len(row.drafts) + 1)]
+    return [row for row in rows if row.samples]
+
+
 def _output(flight: _Flight) -> TokenOutput:
-    rows, sampling = flight.rows, flight.sampling
-    require_finite(flight.best_R.tolist(), sampling)
+    rows, draws = flight.rows, flight.draws
+    require_finite(flight.best_R.tolist(), draws)
     drawn = flight.token_ids_R.tolist()
-    logprobs: list[TokenLogprobs | None] = [None] * len(sampling)
+    scores: dict[int, TokenLogprobs] = {}
     if flight.scores is not None:
-        num_top = [sampling[i].job.sampling.logprobs or 0 for i in flight.scored]
-        for i, entry in zip(flight.scored, flight.scores.tolist(num_top)):
-            logprobs[i] = entry
-    prompt_logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
+        num_top = [draws[i].job.sampling.logprobs or 0 for i in flight.scored]
+        scores = dict(zip(flight.scored, flight.scores.tolist(num_top)))
+    output, at = TokenOutput([], [], [None] * len(rows)), 0
+    for row in rows:
+        if not row.samples:
+            output.token_ids.append(())
+            output.logprobs.append(None)
+            continue
+        num_drafts = len(row.drafts)
+        sampled = until_rejected(drawn[at : at + num_drafts + 1], row.drafts) if num_drafts else (drawn[at],)
+        output.token_ids.append(sampled)
+        output.logprobs.append(tuple(scores[at + i] for i in range(len(sampled))) if at in scores else None)
+        at += num_drafts + 1
     for prompt in flight.prompts:
         require_finite([float(best) for _, best in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
-        prompt_logprobs[prompt.row] = [
+        output.prompt_logprobs[prompt.row] = [
             entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
         ]
-    if len(sampling) == len(rows):
-        return TokenOutput(drawn, logprobs, prompt_logprobs)
-    tokens, entries = iter(drawn), iter(logprobs)
-    return TokenOutput(
-        [next(tokens) if row.samples else None for row in rows],
-        [next(entries) if row.samples else None for row in rows],
-        prompt_logprobs,
-    )
+    return output

@@ -74,6 +74,8 @@ class Sampler:
     def sample(self, logits_RV: torch.Tensor, rows: Seq[Row], pending_R: torch.Tensor | None = None) -> Sampled:
         """Choose a token for each of `rows` (all sample). `logits_RV` is float32 and stays as it is.
 
+        A row with drafts comes once for every token it samples, as `Row.after` gives it.
+
         `pending_R`: each row's newest input token, needed where it is PENDING and penalties count it.
         """
         recipes = [self._recipe(row.job) for row in rows]
@@ -180,8 +182,10 @@ class Sampler:
             if not params.needs_history:
                 continue
             history = recipe.history
-            history.extend(row.job.token_ids[len(history) : row.sample_position])
+            history.extend(row.job.token_ids[len(history) : row.sample_position - len(row.drafts)])
             seen = copy_to_device(torch.frombuffer(history, dtype=torch.int64), self._device)
+            if row.drafts:
+                seen = torch.cat([seen, to_device(row.drafts, self._device)])
             if row.token_ids[-1] == PENDING:
                 assert pending_R is not None
                 seen = torch.cat([seen, pending_R[i : i + 1]])

@@ -13,9 +13,16 @@ each step hands out `{sequence: num_tokens}`. In order:
 When a decode finds no free block, the victim has the lowest priority and, among those, loses the least computation per
 freed block. It keeps its tokens and waits again, at its old place in the queue.
 
+Drafts come last: when every decode and prefill is planned, what is left of the budget and of the free blocks goes to
+draft tokens behind the decodes, and nobody is preempted for one. Their blocks are provisional: those that rejected
+drafts leave unused are freed when the step is settled, and no block is published before its tokens are settled.
+
 Steps may overlap. `num_scheduled` and `num_pending` run ahead of what is settled, the epoch of a preempted or removed
 sequence makes what is in flight for it stale, and its blocks stay taken until the last step that writes them is
-settled. Follows vLLM's V1 scheduler (one token count per request) and Sarathi-Serve (Agrawal et al., 2024).
+settled. A sequence whose drafts are in flight waits for them, for its next position depends on how many hold; one that
+is to draft waits until its newest token is known.
+
+Follows vLLM's V1 scheduler (one token count per request) and Sarathi-Serve (Agrawal et al., 2024).
 """
 
 from __future__ import annotations
@@ -26,8 +33,9 @@ from serve.backend import Load
 from serve.engine.interface import Update
 from serve.engine.job import Job, Status
 from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
-from serve.events import FinishReason, TokenLogprobs
+from serve.events import FinishReason
 from serve.text.claims import Claims
+from serve.text.draft_length import DraftLength
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
 from serve.text.sequence import PENDING, Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
@@ -50,7 +58,9 @@ class TokenScheduler:
         eos_token_ids: Iterable[int],
         vocab_size: int,
         policy: Callable[[Job], float] = aged_priority,
+        draft_length: DraftLength | None = None,
     ):
+        """`draft_length` says how many drafts a decode gets and hears how it went. None: no speculation."""
         if min(max_num_seqs, max_num_batched_tokens) < 1:
             raise ValueError(
                 f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}; "
@@ -65,6 +75,8 @@ class TokenScheduler:
         """Prompt positions looked up in the prefix cache, at a sequence's first admission."""
         self.num_prefix_hit_tokens = 0
         """Those of them that were found."""
+
+        self.draft_length = draft_length
 
         self._limits = Limits(
             max_model_len=max_model_len,
@@ -82,6 +94,7 @@ class TokenScheduler:
         self._step = 0
         self._settled = -1
         self._freed_with: dict[int, list[list[int]]] = {}  # step -> block tables to free when it is settled
+        self._provisional: set[Sequence] = set()  # those with drafts in flight that took a block for them
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
@@ -113,9 +126,13 @@ class TokenScheduler:
     # -- the next step ---------------------------------------------------------------------------------------------
 
     def schedule(self, only: Sequence | None = None) -> TokenBatch | None:
-        plan = self._plan() if only is None else self._plan_alone(only)
+        num_drafts = (
+            0 if only is not None or self.draft_length is None else self.draft_length.choose(len(self._running))
+        )
+        plan = self._plan(num_drafts) if only is None else self._plan_alone(only)
         if not plan:
             return None
+        drafts = self._plan_drafts(plan, num_drafts) if num_drafts else {}
         step, self._step = self._step, self._step + 1
         rows = []
         for seq, num_new in plan.items():
@@ -124,21 +141,23 @@ class TokenScheduler:
             samples = end == len(ids) + seq.num_pending and seq.sampling.max_tokens > 0
             scores = seq.prompt_logprobs is not None and start < seq.num_prompt - 1 and not seq.is_scored
             new_ids = ids[start:end] if start < len(ids) else [PENDING]
-            rows.append(Row(seq, seq.epoch, new_ids, start, seq.blocks, samples, end, scores))
+            rows.append(Row(seq, seq.epoch, new_ids, start, seq.blocks, samples, end, scores, drafts.get(seq, 0)))
             seq.num_scheduled = end
             seq.num_pending += samples
             seq.last_step = step
         return TokenBatch(step, rows)
 
-    def _plan(self) -> dict[Sequence, int]:
+    def _plan(self, num_drafts: int) -> dict[Sequence, int]:
         plan: dict[Sequence, int] = {}
         prefills: dict[Sequence, int] = {}
         block_size, is_short = self.kv_cache.block_size, False
         for seq in list(self._running):
-            num_new = self._num_wanted(seq)
+            num_new = seq.num_wanted
             if num_new > 1:
                 prefills[seq] = num_new
             elif num_new == 1 and seq.status is Status.RUNNING:  # it may have become a victim just now
+                if seq.num_pending and seq.num_draftable(num_drafts):
+                    continue  # drafts follow known tokens only
                 if seq.num_scheduled == len(seq.blocks) * block_size and not self.kv_cache.extend(seq.blocks):
                     is_short = True
                     if not self._make_room(seq, plan):
@@ -185,16 +204,26 @@ class TokenScheduler:
         if seq.num_scheduled == len(seq.blocks) * self.kv_cache.block_size:
             while not self.kv_cache.extend(seq.blocks):
                 self._preempt(self._victim(spare=seq))
-        return {seq: min(self._num_wanted(seq), self.max_num_batched_tokens)}
+        return {seq: min(seq.num_wanted, self.max_num_batched_tokens)}
 
-    @staticmethod
-    def _num_wanted(seq: Sequence) -> int:
-        """How many positions could be computed now."""
-        if seq.num_pending and seq.num_scheduled == seq.num_to_compute:
-            return 0  # the pending token is the last one
-        if seq.num_pending > 1 and seq.sampling.needs_history:
-            return 0  # penalties count known tokens and the newest, which is on the device; here is a gap between them
-        return len(seq.token_ids) + seq.num_pending - seq.num_scheduled
+    def _plan_drafts(self, plan: dict[Sequence, int], num_drafts: int) -> dict[Sequence, int]:
+        """Drafts behind the planned decodes, as far as budget and free blocks go."""
+        drafts: dict[Sequence, int] = {}
+        left, block_size = self.max_num_batched_tokens - sum(plan.values()), self.kv_cache.block_size
+        for seq in plan:
+            if seq.num_scheduled + 1 != len(seq.token_ids) or seq.last_step > self._settled:
+                continue  # a decode of known tokens, with nothing else in flight: its blocks may then be freed
+            most = min(seq.num_draftable(num_drafts), left)
+            while seq.num_scheduled + 1 + most > len(seq.blocks) * block_size:
+                if self.kv_cache.num_free <= self._watermark or not self.kv_cache.extend(seq.blocks):
+                    most = len(seq.blocks) * block_size - seq.num_scheduled - 1
+                    break
+                self._provisional.add(seq)
+            if most > 0:
+                drafts[seq] = most
+                seq.has_drafts = True
+                left -= most
+        return drafts
 
     @staticmethod
     def _share(plan: dict[Sequence, int], seq: Sequence, num_new: int, left: int) -> int:
@@ -237,8 +266,8 @@ class TokenScheduler:
     def _make_room(self, seq: Sequence, plan: dict[Sequence, int]) -> bool:
         """Preempt until `seq` has its next block. False: it became a victim, or waits for a step in flight."""
         while not self.kv_cache.extend(seq.blocks):
-            if self._freed_with:
-                return False  # a victim's blocks are on their way; another victim would bring nothing sooner
+            if self._freed_with or self._provisional:
+                return False  # a victim's blocks, or drafts', are on their way; nobody is preempted for a draft
             victim = self._victim()
             plan.pop(victim, None)
             self._preempt(victim)
@@ -276,6 +305,8 @@ class TokenScheduler:
         else:
             self.kv_cache.free(seq.blocks)
         seq.blocks = []
+        seq.has_drafts = False
+        self._provisional.discard(seq)
         seq.num_computed = seq.num_scheduled = seq.num_pending = seq.num_published = 0
 
     # -- settling --------------------------------------------------------------------------------------------------
@@ -283,41 +314,56 @@ class TokenScheduler:
     def update(self, batch: TokenBatch, output: TokenOutput) -> list[Update[Sequence]]:
         updates: list[Update[Sequence]] = []
         block_size = self.kv_cache.block_size
-        for row, token_id, logprobs, scores in zip(
+        for row, sampled, logprobs, scores in zip(
             batch.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True
         ):
             seq = row.job
             if seq.epoch != row.epoch:
                 continue
+            assert bool(sampled) == row.samples
             seq.num_computed = end = row.start + len(row.token_ids)
             if end >= (seq.num_published + 1) * block_size:
                 self._publish(seq)
-            prompt_logprobs = None if seq.prompt_logprobs is None else self._score(seq, row, scores)
+            prompt_logprobs = None if seq.prompt_logprobs is None else seq.take_scores(row.start, scores)
             finish: FinishReason | None = None
-            token_ids: tuple[int, ...] = ()
+            num_kept = 0
             if row.samples:
-                assert token_id is not None
                 seq.num_pending -= 1
-                num_output = len(seq.token_ids) - seq.num_prompt
-                if token_id in seq.end_ids and num_output >= seq.sampling.min_tokens:
-                    seq.stop_token_id, seq.stop_logprobs, finish = token_id, logprobs, FinishReason.STOP
-                else:
-                    seq.token_ids.append(token_id)
-                    token_ids = (token_id,)
-                    if num_output + 1 == seq.sampling.max_tokens:
-                        finish = FinishReason.LENGTH
+                num_kept, finish = seq.append(sampled, logprobs)
             elif end == seq.num_to_compute:  # max_tokens is 0: the prompt was all
                 finish = FinishReason.LENGTH
+            if row.num_drafts:
+                self._settle_drafts(seq, row, len(sampled) - 1, num_kept)
             if finish is not None:
                 self._release(seq)
             tokens = None
-            if token_ids or prompt_logprobs is not None:
-                chosen = None if logprobs is None or not token_ids else (logprobs,)
-                tokens = TokenUpdate(token_ids, chosen, prompt_logprobs)
+            if num_kept or prompt_logprobs is not None:
+                chosen = None if logprobs is None or not num_kept else logprobs[:num_kept]
+                tokens = TokenUpdate(sampled[:num_kept], chosen, prompt_logprobs)
             if tokens is not None or finish is not None:
                 updates.append(Update(seq, tokens, finish))
         self._settle(batch)
+        if self.draft_length is not None:
+            self.draft_length.observe(batch, output)
         return updates
+
+    def _settle_drafts(self, seq: Sequence, row: Row, num_accepted: int, num_kept: int) -> None:
+        """The positions of accepted drafts are computed; the others' will be written again, their blocks come free."""
+        seq.num_drafted += len(row.drafts)
+        seq.num_accepted += min(num_accepted, num_kept)
+        seq.num_computed = seq.num_scheduled = row.start + 1 + min(num_accepted, num_kept)
+        if seq.num_computed >= (seq.num_published + 1) * self.kv_cache.block_size:
+            self._publish(seq)
+        self._drop_drafts(seq)
+
+    def _drop_drafts(self, seq: Sequence) -> None:
+        """Nothing in flight drafts for `seq` any more: free the blocks beyond its known tokens."""
+        seq.has_drafts = False
+        self._provisional.discard(seq)
+        num_blocks = -(-len(seq.token_ids) // self.kv_cache.block_size)
+        spare = seq.blocks[num_blocks:]
+        del seq.blocks[num_blocks:]
+        self.kv_cache.free(spare)
 
     def abandon(self, batch: TokenBatch) -> None:
         """What was settled before this batch stays; later batches in flight are stale for its sequences."""
@@ -326,6 +372,8 @@ class TokenScheduler:
             if seq.epoch == row.epoch:
                 seq.epoch += 1
                 seq.num_scheduled, seq.num_pending = seq.num_computed, 0
+                if row.num_drafts:
+                    self._drop_drafts(seq)
         self._settle(batch)
 
     def _publish(self, seq: Sequence) -> None:
@@ -336,14 +384,6 @@ class TokenScheduler:
             self.kv_cache.publish(block, key)
             for waiter in self._claims.published(key):
                 self._waiting.add(waiter)
-
-    @staticmethod
-    def _score(seq: Sequence, row: Row, scores: list[TokenLogprobs] | None) -> tuple[TokenLogprobs | None, ...] | None:
-        """Collect a prompt's log-probabilities over its chunks; all of them once the prompt is done, else None."""
-        if scores is not None:
-            seq.prompt_scores += scores[len(seq.prompt_scores) - 1 - row.start : seq.num_prompt - 1 - row.start]
-        is_first_time = seq.num_output == 0 and seq.num_computed == seq.num_prompt
-        return tuple(seq.prompt_scores) if is_first_time else None
 
     def _settle(self, batch: TokenBatch) -> None:
         self._settled = batch.step

@@ -5,6 +5,10 @@
 
 `num_scheduled` runs ahead of `num_computed` while steps are in flight. A token that a step in flight will sample is not
 in `token_ids` yet: the scheduler counts it as `num_pending`, the runner knows its value on the device.
+
+Speculation: a row may ask for draft tokens after its known ones. The runner proposes them, computes them in the same
+forward and gives back those that hold, and one more. They never enter `token_ids` before that, and how many positions
+they will have settled is unknown while they are in flight (`has_drafts`): such a sequence waits for that step.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve.engine.job import Job
-from serve.events import TokenLogprobs
+from serve.events import FinishReason, TokenLogprobs
 from serve.request import SamplingParams
 
 PENDING = -1
@@ -29,15 +33,21 @@ class Sequence(Job):
     sampling: SamplingParams
     cache_salt: str = ""
     prompt_logprobs: int | None = None
+    may_speculate: bool = True
 
     blocks: list[int] = field(default_factory=list)
-    """Block table, append-only while running."""
+    """Block table, append-only while a step in flight may read it. What drafts leave unused at its end is freed."""
     num_computed: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
     num_cached: int = 0
     """Prompt positions found in the prefix cache at the first admission."""
     num_preemptions: int = 0
+    has_drafts: bool = False
+    """Whether a step in flight verifies drafts of it."""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    """Draft tokens that were verified, and those of them that became output."""
     stop_token_id: int | None = None
     stop_logprobs: TokenLogprobs | None = None
 
@@ -66,6 +76,43 @@ class Sequence(Job):
         """Whether nothing is left to do about the prompt's log-probabilities."""
         return self.prompt_logprobs is None or len(self.prompt_scores) == self.num_prompt
 
+    @property
+    def num_wanted(self) -> int:
+        """How many positions could be computed now, drafts not counted."""
+        if self.has_drafts:
+            return 0  # where it goes on is not known yet
+        if self.num_pending and self.num_scheduled == self.num_to_compute:
+            return 0  # the pending token is the last one
+        if self.num_pending > 1 and self.sampling.needs_history:
+            return 0  # penalties count known tokens and the newest, which is on the device; here is a gap between them
+        return len(self.token_ids) + self.num_pending - self.num_scheduled
+
+    def num_draftable(self, most: int) -> int:
+        """Drafts, up to `most`, that a decode has use for: with the token after them its output is full."""
+        return min(most, self.num_to_compute - len(self.token_ids) - self.num_pending) if self.may_speculate else 0
+
+    def append(
+        self, sampled: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
+    ) -> tuple[int, FinishReason | None]:
+        """Take in sampled tokens up to the end: how many of them become output, and why it ends there if it does."""
+        num_output = self.num_output
+        for i, token_id in enumerate(sampled):
+            if token_id in self.end_ids and num_output + i >= self.sampling.min_tokens:
+                self.stop_token_id, self.stop_logprobs = token_id, None if logprobs is None else logprobs[i]
+                return i, FinishReason.STOP
+            self.token_ids.append(token_id)
+            if num_output + i + 1 == self.sampling.max_tokens:
+                return i + 1, FinishReason.LENGTH
+        return len(sampled), None
+
+    def take_scores(self, start: int, scores: list[TokenLogprobs] | None) -> tuple[TokenLogprobs | None, ...] | None:
+        """Collect the prompt's log-probabilities over its chunks (this one begins at `start`); all of them once the
+        prompt is done, else None. Before the step's tokens are appended."""
+        if scores is not None:
+            self.prompt_scores += scores[len(self.prompt_scores) - 1 - start : self.num_prompt - 1 - start]
+        is_first_time = self.num_output == 0 and self.num_computed == self.num_prompt
+        return tuple(self.prompt_scores) if is_first_time else None
+
 
 @dataclass(slots=True)
 class Row:
@@ -84,9 +131,32 @@ class Row:
     samples: bool
     """Whether the last position's logits choose a token (the chunk reaches the end of what is known)."""
     sample_position: int
-    """Position of the token to be sampled: the counter of the random stream."""
+    """Position of the (first) token to be sampled: the counter of the random stream."""
     scores_prompt: bool = False
     """Whether log-probabilities of the next prompt tokens are wanted for these positions."""
+    num_drafts: int = 0
+    """How many draft tokens may follow `token_ids`; the block table has room for them."""
+    drafts: list[int] = field(default_factory=list)
+    """The tokens proposed, by the runner. Each wants logits too: the row samples after every one of them."""
+
+    def after(self, num_drafts: int) -> Row:
+        """One draw: this row as if its first `num_drafts` drafts, and no others, were its newest tokens.
+
+        `sample_position` is that of the draw; `drafts` are the tokens before it that `job.token_ids` does not have.
+        """
+        if not self.drafts:
+            return self
+        drafts = self.drafts[:num_drafts]
+        return Row(
+            self.job,
+            self.epoch,
+            self.token_ids + drafts,
+            self.start,
+            self.block_table,
+            True,
+            self.sample_position + num_drafts,
+            drafts=drafts,
+        )
 
 
 @dataclass(slots=True)
@@ -102,7 +172,7 @@ class TokenBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.token_ids) for row in self.rows)
+        return sum(len(row.token_ids) + row.num_drafts for row in self.rows)
 
     @property
     def stage(self) -> str:
@@ -117,11 +187,16 @@ class TokenBatch:
 class TokenOutput:
     """One entry per row of the batch, in order."""
 
-    token_ids: list[int | None]
-    """The sampled token, or None for a row that does not sample."""
-    logprobs: list[TokenLogprobs | None]
+    token_ids: list[tuple[int, ...]]
+    """The sampled tokens: none for a row that does not sample, else its accepted drafts and one more."""
+    logprobs: list[tuple[TokenLogprobs, ...] | None]
+    """One entry a sampled token, for rows that ask."""
     prompt_logprobs: list[list[TokenLogprobs] | None]
     """For rows that score: entry i is about the token at position start + i + 1."""
+    seconds: float = 0.0
+    """What the step took, drafting included."""
+    is_typical: bool = True
+    """Whether such a step will take as long again: false when a draft model first had to catch up."""
 
 
 @dataclass(slots=True)

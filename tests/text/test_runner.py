@@ -93,10 +93,9 @@ class Driver:
             new = seq.token_ids[seq.num_computed : end]
             rows.append(Row(seq, 0, new, seq.num_computed, seq.blocks, samples, end, scores))
         output = self.runner.collect(self.runner.submit(TokenBatch(next(self._steps), rows)))
-        for row, token_id in zip(rows, output.token_ids):
+        for row, sampled in zip(rows, output.token_ids):
             row.job.num_computed += len(row.token_ids)
-            if token_id is not None:
-                row.job.token_ids.append(token_id)
+            row.job.token_ids += sampled
         return output
 
     def generate(self, seq: Sequence, num_tokens: int, chunk: int = 64) -> list[int]:
@@ -113,7 +112,7 @@ def test_one_step_is_one_forward_for_chunks_and_decodes_of_eight_requests(runner
     before = model.num_forwards
     output = driver.step({**dict.fromkeys(decoding, 1), **dict(zip(prefilling, (20, 3, 11, 20)))})
     assert model.num_forwards == before + 1
-    assert [token is not None for token in output.token_ids] == [True] * 4 + [True, False, False, True]
+    assert [bool(sampled) for sampled in output.token_ids] == [True] * 4 + [True, False, False, True]
 
 
 def test_only_sampling_rows_pay_for_logits(runner, model):
@@ -170,14 +169,14 @@ def test_logprobs_of_rows_that_ask_reach_their_rows(runner):
     half = driver.sequence("c", [1] * 10, logprobs=1)
     output = driver.step({silent: 3, half: 4, asking: 4})
     assert output.logprobs[0] is None and output.logprobs[1] is None
-    entry = output.logprobs[2]
-    assert entry is not None and entry.token_id == output.token_ids[2] and entry.rank == 1 and len(entry.top) == 3
+    (entry,) = output.logprobs[2]
+    assert (entry.token_id,) == output.token_ids[2] and entry.rank == 1 and len(entry.top) == 3
 
 
 def test_rows_without_anything_to_sample_give_nothing(runner, model):
     driver = Driver(runner)
     output = driver.step({driver.sequence("a", [3] * 30): 8})
-    assert output.token_ids == [None] and output.logprobs == [None]
+    assert output.token_ids == [()] and output.logprobs == [None]
     assert model.num_logit_rows == 0
 
 

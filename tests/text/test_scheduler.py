@@ -19,7 +19,7 @@ def shape(batch: TokenBatch | None) -> dict[str, int]:
 
 
 def settle(scheduler: TokenScheduler, batch: TokenBatch, token_id: int = 1):
-    sampled = [token_id if row.samples else None for row in batch.rows]
+    sampled = [(token_id,) if row.samples else () for row in batch.rows]
     nothing = [None] * len(batch.rows)
     return list(scheduler.update(batch, TokenOutput(sampled, nothing, nothing)))
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_device import VOCAB, TokenDevice, logprob_of, make_scheduler, next_token, sequence, tokens_alone
+from token_device import (
+    VOCAB,
+    RandomLength,
+    TokenDevice,
+    logprob_of,
+    make_scheduler,
+    next_token,
+    sequence,
+    tokens_alone,
+)
 
 from serve.engine.engine import Engine
 from serve.engine.job import Status
@@ -86,13 +95,15 @@ def check_books(scheduler: TokenScheduler, unfinished: int) -> None:
     budget=st.sampled_from([1, 3, 8, 20, 50]),
     max_num_seqs=st.sampled_from([1, 3, 8]),
     caching=st.booleans(),
+    num_drafts=st.sampled_from([0, 0, 1, 3, 6]),
 )
-def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, caching):
-    """Progress, budget, conservation, once and transparency, with preemption, cancellation, sharing and failures."""
+def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, caching, num_drafts):
+    """Progress, budget, conservation, once and transparency, with preemption, cancel, sharing, failures and drafts."""
     num_blocks = capacity // block_size
     scheduler = make_scheduler(
         num_blocks, block_size, enable_prefix_caching=caching,
         max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=64,
+        draft_length=RandomLength(num_drafts),
     )  # fmt: skip
     poison = {id(plan.job) for plan in wanted if plan.is_poison}
     device = TokenDevice(num_blocks, block_size, lambda batch: any(id(row.job) in poison for row in batch.rows))
