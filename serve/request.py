@@ -34,6 +34,26 @@ class Grammar:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BeamParams:
+    """Search for likely outputs instead of drawing them. Names and meaning as in transformers.
+
+    A hypothesis scores the sum of its tokens' log-probabilities, the end token's included, over length **
+    `length_penalty`. `TextRequest.n` of the best are returned, at most `num_beams`.
+    """
+
+    num_beams: int
+    num_beam_groups: int = 1
+    """More than one: diverse beam search (Vijayakumar et al., 2018), in groups of equally many beams."""
+    diversity_penalty: float = 0.0
+    """What a token costs for every beam of an earlier group that chooses it in the same step."""
+    length_penalty: float = 1.0
+    """Above 0 long outputs gain, below 0 short ones."""
+    early_stopping: bool | Literal["never"] = False
+    """When `num_beams` hypotheses are finished. True: end. False: end when the best beam, were it finished now, would
+    not beat the worst of them. "never": when it could not even with the best possible length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Names and meaning as in the OpenAI API and vLLM.
 
@@ -61,6 +81,9 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: Grammar | None = None
     """Tokens that cannot continue the output by it are masked, before everything that filters."""
+    beams: BeamParams | None = None
+    """None: tokens are drawn. With beams nothing is: bias, minimum length and penalties change log-probabilities (after
+    the softmax, as in transformers), what shapes a draw has no meaning."""
     logprobs: int | None = None
     """Report the chosen token's log-probability and this many alternatives (0: only the chosen). None: nothing."""
 
