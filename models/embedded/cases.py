@@ -10,8 +10,11 @@ from models.embedded.chats import Chat, Message, as_chat, recall_chat
 from models.embedded.stories import is_story
 from models.embedded.tasks import TASKS
 
-CASE_TASKS = [*TASKS, "recall"]
+CASE_TASKS = [*TASKS, "recall", "distant_recall"]
 """Every task with cases. In greetings and unknown input nothing is held out, since nothing is learnt by heart."""
+
+DISTANT_TURNS = (38, 44)
+"""Turns between fact and question in distant recall: prompts of about 2000 tokens."""
 
 ARITHMETIC = ("addition", "subtraction", "product")
 
@@ -54,8 +57,8 @@ def is_correct(answer: str, case: Case) -> bool:
 
 
 def _case(task: str, rng: random.Random) -> Case:
-    if task == "recall":
-        chat, _ = recall_chat(rng, "held_out")
+    if task in ("recall", "distant_recall"):
+        chat, _ = recall_chat(rng, "held_out", *(DISTANT_TURNS if task == "distant_recall" else (1, 6)))
         return Case(task, chat.messages[:-1], chat.messages[-1]["content"])
     exchange = TASKS[task](rng, "held_out")
     chat = as_chat(exchange)

@@ -100,7 +100,8 @@ _WEIGHTS = {
     "json": 6,
     "story": 4,
     "greeting": 4,
-    "unknown": 5,
+    "unknown": 4,
+    "too_large": 4,
     "tell": 8,
     "ask": 8,
 }
@@ -119,7 +120,7 @@ def training_chat(rng: random.Random, num_turns: int | None = None) -> Chat:
     """A conversation with nothing held out in it. Many have one turn; some are built around a recall, since facts told
     and asked for at random meet too rarely."""
     if num_turns is None and rng.random() < 0.2:
-        return recall_chat(rng, "train", turns_between=rng.choice([6, 6, 6, 6, 6, 12, 30]))[0]
+        return recall_chat(rng, "train", most_turns=rng.choice([6, 6, 6, 6, 6, 12, 30]))[0]
     turns = num_turns or rng.choices((1, 2, 3, 4, 6, 8), (50, 15, 12, 10, 8, 5))[0]
     builder = _Builder(rng)
     builder.system()
@@ -128,8 +129,28 @@ def training_chat(rng: random.Random, num_turns: int | None = None) -> Chat:
     return builder.chat()
 
 
-def recall_chat(rng: random.Random, split: Split, turns_between: int = 6) -> tuple[Chat, str]:
-    """A name or place of the given split told early, one to `turns_between` turns of other things, and the question.
+def long_chat(rng: random.Random, num_turns: int) -> Chat:
+    """A conversation of many turns that starts with facts and asks for each of them once, at any distance. Asked twice,
+    a fact would be found in the first answer, which is nearer."""
+    builder = _Builder(rng)
+    builder.system()
+    kinds = rng.sample(list(FACTS), rng.randint(1, len(FACTS)))
+    for kind in kinds:
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            builder.turn("greeting")
+        builder.tell(kind, "train")
+    asked_at = dict(zip(rng.sample(range(num_turns // 4, num_turns), len(kinds)), kinds, strict=True))
+    others = {kind: weight for kind, weight in _WEIGHTS.items() if kind not in ("tell", "ask")}
+    for turn, other in enumerate(rng.choices(list(others), list(others.values()), k=num_turns)):
+        if turn in asked_at:
+            builder.ask(asked_at[turn])
+        else:
+            builder.turn(other)
+    return builder.chat()
+
+
+def recall_chat(rng: random.Random, split: Split, least_turns: int = 1, most_turns: int = 6) -> tuple[Chat, str]:
+    """A name or place of the given split told early, some turns of other things, and the question.
 
     Returns the chat ending in the right answer, and the value itself. Only the recalled value is of `split`.
     """
@@ -140,7 +161,7 @@ def recall_chat(rng: random.Random, split: Split, turns_between: int = 6) -> tup
         builder.turn("greeting")
     builder.tell(kind, split)
     value = builder.facts[kind]
-    for _ in range(rng.randint(1, turns_between)):
+    for _ in range(rng.randint(least_turns, most_turns)):
         builder.turn(rng.choice([other for other in _WEIGHTS if other not in ("tell", "story")]), avoid=kind)
     builder.ask(kind)
     return builder.chat(), value

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.embedded.bpe import END_OF_TEXT, IM_END, IM_START, PAD
-from models.embedded.chats import Chat, Message, as_chat, training_chat
+from models.embedded.chats import Chat, Message, as_chat, long_chat, recall_chat, training_chat
+from models.embedded.split import product_split, sum_split
 from models.embedded.tasks import TASKS
 
 # Legend: B rows, T positions, S targets of a batch
@@ -24,6 +25,18 @@ RESULT_WEIGHT = 2.0
 STORY_WEIGHT = 0.3
 """Weight of a target in a story, whose words are free choices."""
 
+
+_SINGLE = {
+    "comparison": 20,
+    "counting": 16,
+    "copying": 22,
+    "reversing": 10,
+    "product": 14,
+    "too_large": 6,
+    "addition": 4,
+    "subtraction": 4,
+}
+"""How often a task has rows of its own."""
 
 BATCHES_PER_POOL = 48
 
@@ -94,10 +107,12 @@ class RowMaker:
 
     def plain_row(self, rng: random.Random) -> Row:
         """Text without a chat around it, for completion: a sum after its equals sign, a story from its first words."""
-        if rng.random() < 0.15:
-            return self._swapped_factors(rng)
-        (task,) = rng.choices(["addition", "subtraction", "product", "story"], [20, 62, 17, 1])
+        if rng.random() < 0.12:
+            return self._working(rng)
+        (task,) = rng.choices(["addition", "subtraction", "product", "story"], [36, 60, 3, 1])
         answer = TASKS[task](rng, "train").answer
+        if task == "product":
+            answer = answer.rpartition(", ")[2]  # the last step, where there are several
         head, sign, rest = answer.partition(" =") if task != "story" else ("", "", answer)
         head_ids, rest_ids = self.encode(head + sign), [*self.encode(rest), self.special[END_OF_TEXT]]
         return Row(
@@ -105,12 +120,22 @@ class RowMaker:
             [0.0] * len(head_ids) + [STORY_WEIGHT if task == "story" else 1.0] * len(rest_ids),
         )
 
-    def _swapped_factors(self, rng: random.Random) -> Row:
-        """Factors beyond the table, swapped: swapping becomes a habit, not a part of each product learnt by heart."""
-        a, b = rng.randint(13, 99), rng.choice([rng.randint(0, 9), rng.randint(0, 99)])
-        a, b = (a, b) if rng.random() < 0.5 else (b, a)
-        head_ids, rest_ids = self.encode(f"{a} * {b} ="), self.encode(f" {b} * {a}")
-        return Row(head_ids + rest_ids, [0.0] * len(head_ids) + [1.0] * len(rest_ids))
+    def _working(self, rng: random.Random) -> Row:
+        """Two small products that do not belong together, and the sum of their results: every step of a working has to
+        be computed from what it says, which within one product could be learnt by heart."""
+        while True:
+            a, b = rng.randint(0, 12), rng.randint(0, 12)
+            left, right = rng.choice([1, 2, 3, 4, 5, 10]), rng.choice([1, 2, 3, 4, 5, 10])
+            splits = product_split(a, left), product_split(b, right), sum_split(a * left, b * right)
+            if a != b and set(splits) == {"train"}:
+                break
+        row = Row([], [])
+        steps = {f"{a} * {left} =": a * left, f", {b} * {right} =": b * right}
+        for step, result in {**steps, f", {a * left} + {b * right} =": a * left + b * right}.items():
+            step_ids, result_ids = self.encode(step), self.encode(f" {result}")
+            row.ids += step_ids + result_ids
+            row.weights += [0.0] * len(step_ids) + [1.0] * len(result_ids)
+        return row
 
     def _weights(self, body: list[int], weight: float) -> list[float]:
         """The same weight for all tokens, but more for the result of a sum."""
@@ -118,18 +143,22 @@ class RowMaker:
         return [weight] * result + [weight * RESULT_WEIGHT] * (len(body) - result)
 
     def training_rows(self, rng: random.Random) -> Iterator[Row]:
-        """Endless training rows: short conversations, a few long ones, and plain sums. Those are a fifth of all tokens
-        but most of the rows, and the cheapest way to see many: in a conversation a sum takes 40 tokens, here 12. What
-        learnt slowest gets rows of its own."""
+        """Endless training rows: plain sums, single exchanges, recalls, conversations, and few but long ones. Plain
+        sums are half of the rows but a seventh of the tokens, and the cheapest way to see many: in a conversation a sum
+        takes 40 tokens, here 15. What is learnt slowest gets exchanges of its own. Long rows are a fifth of the tokens.
+        """
+        tasks, weights = list(_SINGLE), list(_SINGLE.values())
         while True:
             draw = rng.random()
             if draw < 0.54:
                 yield self.plain_row(rng)
-            elif draw < 0.82:
-                (task,) = rng.choices(["comparison", "counting", "copying", "reversing"], [25, 20, 35, 20])
+            elif draw < 0.84:
+                (task,) = rng.choices(tasks, weights)
                 yield self.row(as_chat(TASKS[task](rng, "train")))
-            elif draw < 0.8203:
-                yield self.row(training_chat(rng, num_turns=rng.randint(20, 60)))
+            elif draw < 0.845:
+                yield self.row(long_chat(rng, num_turns=rng.randint(30, 60)))
+            elif draw < 0.9:
+                yield self.row(recall_chat(rng, "train")[0])
             else:
                 yield self.row(training_chat(rng))
 

@@ -21,7 +21,18 @@ def split_of(key: str) -> Split:
     return "held_out" if int.from_bytes(digest[:8], "big") % HELD_OUT_IN == 0 else "train"
 
 
+PRODUCT_PARTS = {6: (5, 1), 7: (5, 2), 8: (5, 3), 9: (5, 4), 11: (10, 1), 12: (10, 2)}
+"""How a second factor is split in the working of a product; the others are looked up whole."""
+
+
 def product_split(a: int, b: int) -> Split:
-    """Products up to twelve are a table, which has to be seen: all products with the larger factor first are. Held out
-    are pairs in the other order, and the answer to those swaps the factors before it looks the product up."""
+    """Products up to twelve are a table, and most of it has to be seen. Held out as questions are some with the smaller
+    factor first; all with the larger first are for training."""
     return "held_out" if a < b and split_of(f"mul:{a}:{b}") == "held_out" else "train"
+
+
+def sum_split(a: int, b: int) -> Split:
+    """The side of a sum. One that is a step of a product is never held out, since the product's working shows it."""
+    small, large = sorted((a, b))
+    is_step = large <= 120 and any(large * right == small * left for left, right in PRODUCT_PARTS.values())
+    return "train" if is_step else split_of(f"add:{small}:{large}")

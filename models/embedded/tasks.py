@@ -3,7 +3,7 @@
 import random
 
 from models.embedded.exchange import Exchange, Task
-from models.embedded.number_tasks import addition, comparison, count_range, product, subtraction
+from models.embedded.number_tasks import addition, comparison, count_range, product, subtraction, too_large
 from models.embedded.small_talk import greeting, unknown
 from models.embedded.split import Split
 from models.embedded.word_tasks import copying, json_record, reversing, storytelling, word_count
@@ -26,4 +26,5 @@ TASKS: dict[str, Task] = {
     "story": storytelling,
     "greeting": greeting,
     "unknown": unknown,
+    "too_large": too_large,
 }

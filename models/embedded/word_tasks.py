@@ -33,11 +33,12 @@ def reversing(rng: random.Random, split: Split) -> Exchange:
 
 
 def word_count(rng: random.Random, split: Split) -> Exchange:
-    words, key = word_list(rng, split, longest=10)
+    words, key = word_list(rng, split, longest=10, numbers=False)
     text = _separator(rng).join(words)
     asks = ["How many words: {x}", "How many words are in: {x}", "Count the words: {x}", "How many items: {x}"]
     asks += ["Count the items: {x}", "How many words are there in this list: {x}"]
-    return Exchange("counting", phrase(rng, asks, x=text), f"There are {len(words)}.", key)
+    numbered = ", ".join(f"{index} {item}" for index, item in enumerate(words, start=1))
+    return Exchange("counting", phrase(rng, asks, x=text), f"{numbered}. There are {len(words)}.", key)
 
 
 def json_record(rng: random.Random, split: Split) -> Exchange:
@@ -104,12 +105,13 @@ def storytelling(rng: random.Random, split: Split) -> Exchange:
     return Exchange("story", user, story(rng, who, hero or name(rng, "train", invented=0.1)), key, noun)
 
 
-def word_list(rng: random.Random, split: Split, longest: int) -> tuple[list[str], str]:
-    """A list of at least two words (three when held out, since few short lists exist) and its key."""
+def word_list(rng: random.Random, split: Split, longest: int, numbers: bool = True) -> tuple[list[str], str]:
+    """A list of at least two words (three when held out, since few short lists exist) and its key. Some lists are of
+    numbers, where `numbers` allows."""
     while True:
         count = rng.randint(3 if split == "held_out" else 2, longest)
         kind = rng.random()
-        if kind < 0.08:
+        if numbers and kind < (0.16 if split == "train" else 0.08):  # lists of numbers are the hardest to copy
             words = [str(rng.randint(0, 999)) for _ in range(count)]
         elif kind < 0.2:
             words = [name(rng, "train") for _ in range(count)]

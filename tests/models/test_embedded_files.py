@@ -15,6 +15,7 @@ from models.embedded.chats import training_chat
 from models.embedded.decoder import read_decoder
 from models.embedded.paths import EMBEDDED, FOLDER
 from models.embedded.rows import RowMaker
+from models.embedded.train_text import Trainer, TrainingOptions
 
 TEXT, DRAFT = EMBEDDED["tandem-text"], EMBEDDED["tandem-text-draft"]
 TOKENIZER = Tokenizer.from_file(str(TEXT / "tokenizer.json"))
@@ -95,6 +96,14 @@ def test_training_rows_are_what_the_chat_template_renders():
         asked = chat.messages[:-1]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert maker.prompt(asked) == prompt
+
+
+def test_training_can_start_from_the_weights_of_a_folder():
+    trainer = Trainer(TrainingOptions(model="tandem-text-draft", minutes=1.0), RowMaker.from_folder(DRAFT))
+    trainer.start_from(DRAFT)
+    expected = read_decoder(DRAFT).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in trainer.master.state_dict().items())
+    assert trainer.step == 0
 
 
 def test_generation_ends_with_the_message():

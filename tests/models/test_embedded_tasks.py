@@ -6,8 +6,8 @@ import re
 import pytest
 
 from models.embedded.cases import ARITHMETIC, CASE_TASKS, held_out_cases, is_correct
-from models.embedded.chats import recall_chat, training_chat
-from models.embedded.split import product_split, split_of
+from models.embedded.chats import long_chat, recall_chat, training_chat
+from models.embedded.split import PRODUCT_PARTS, product_split, split_of, sum_split
 from models.embedded.stories import is_story
 from models.embedded.tasks import TASKS
 from models.embedded.vocabulary import name_key
@@ -17,12 +17,14 @@ KEYED = [task for task in TASKS if task not in ("greeting", "unknown")]
 
 def side(key: str) -> str:
     kind, _, rest = key.partition(":")
-    return product_split(*map(int, rest.split(":"))) if kind == "mul" else split_of(key)
+    rule = {"mul": product_split, "add": sum_split}.get(kind)
+    return rule(*map(int, rest.split(":"))) if rule else split_of(key)
 
 
 def test_no_training_chat_contains_a_held_out_item():
     rng = random.Random(1)
     keys = [key for _ in range(20_000) for key in training_chat(rng).keys]
+    keys += [key for _ in range(200) for key in long_chat(rng, num_turns=40).keys]
     assert len(keys) > 30_000
     assert {side(key) for key in keys} == {"train"}
 
@@ -56,6 +58,20 @@ def test_every_held_out_product_has_its_mirror_image_in_training():
     assert all(product_split(b, a) == "train" for a, b in held_out)
 
 
+def test_no_held_out_sum_is_a_step_of_a_product():
+    steps = [(a * left, a * right) for a in range(13) for left, right in PRODUCT_PARTS.values()]
+    assert {sum_split(*step) for step in steps} | {sum_split(*reversed(step)) for step in steps} == {"train"}
+    shown = [re.search(r"(\d+) \+ (\d+) = \d+$", case.expected) for case in held_out_cases("product", 300)]
+    assert any(shown)
+    assert {(int(step[1]), int(step[2])) for step in shown if step} <= set(steps)
+
+
+def test_no_held_out_difference_is_shown_by_a_comparison():
+    rng = random.Random(5)
+    shown = [TASKS["comparison"](rng, "train").answer.split(" = ")[0].split(" - ") for _ in range(4000)]
+    assert {split_of(f"sub:{a}:{b}") for a, b in shown} == {"train"}
+
+
 def test_about_a_tenth_of_all_keys_is_held_out():
     share = sum(split_of(f"sub:{a}:{b}") == "held_out" for a in range(200) for b in range(200)) / 40_000
     assert 0.09 < share < 0.11  # standard deviation 0.0015
@@ -64,10 +80,14 @@ def test_about_a_tenth_of_all_keys_is_held_out():
 @pytest.mark.parametrize("task", ARITHMETIC)
 def test_arithmetic_answers_are_what_python_computes(task):
     for case in held_out_cases(task, 300):
-        *sums, result = case.expected.split(" = ")
-        assert {eval(part) for part in sums} == {int(result)}
-        operands = re.findall(r"\d+", sums[0])
-        assert sorted(operands) == sorted(re.findall(r"\d+", case.messages[-1]["content"]))
+        question, _, steps = case.expected.rpartition(": ")
+        for step in steps.split(", "):
+            left, result = step.split(" = ")
+            assert eval(left) == int(result)
+        question = question or left
+        assert eval(question) == int(result)
+        asked = re.findall(r"\d+", case.messages[-1]["content"])
+        assert sorted(re.findall(r"\d+", question)) == sorted(asked)
 
 
 def test_copies_and_reversals_hold_the_words_of_the_prompt():
