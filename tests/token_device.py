@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
 from zlib import crc32
+
+import numpy as np
+from beams import Found, group_oracle, plain_oracle
 
 from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
-from serve.request import SamplingParams
+from serve.request import BeamParams, SamplingParams
+from serve.text.beam_group import BeamGroup
 from serve.text.kv_cache import KVCache
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import PENDING, Sequence, TokenBatch, TokenOutput
@@ -39,6 +45,19 @@ def sequence(prompt, name="a", *, arrival=0.0, priority=0, salt="", prompt_logpr
     )  # fmt: skip
 
 
+def beam_group(
+    prompt, num_beams, name="a", *, num_returned=1, arrival=0.0, priority=0, salt="", **sampling
+) -> BeamGroup:
+    """`sampling` may have the other fields of `BeamParams` as well."""
+    ours = {field.name: sampling.pop(field.name) for field in fields(BeamParams) if field.name in sampling}
+    beams = BeamParams(num_beams=num_beams, **ours)
+    params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True} | sampling, beams=beams)
+    return BeamGroup(
+        id=name, token_ids=list(prompt), num_prompt=len(prompt), sampling=params,
+        arrival=arrival, priority=priority, cache_salt=salt, num_returned=num_returned,
+    )  # fmt: skip
+
+
 def next_token(token_ids: list[int], seed: int) -> int:
     return crc32(array("i", token_ids).tobytes(), seed) % VOCAB
 
@@ -58,6 +77,34 @@ def tokens_alone(prompt: list[int], sampling: SamplingParams) -> list[int]:
             break
         output.append(token_id)
     return output
+
+
+def candidates(token_ids: list[int], job: Sequence, num: int) -> list[tuple[int, float]]:
+    """The `num` likeliest tokens to follow for a beam: log-probabilities are a hash of the tokens, in float32."""
+    is_early = len(token_ids) - job.num_prompt < job.sampling.min_tokens
+    scores = logprobs_after(token_ids, job.sampling.seed)
+    possible = [entry for entry in enumerate(scores) if not (is_early and entry[0] in job.end_ids)]
+    return sorted(possible, key=lambda entry: -entry[1])[:num]
+
+
+def logprobs_after(token_ids: list[int], seed: int) -> list[float]:
+    state = crc32(array("i", token_ids).tobytes(), seed)
+    return [-(crc32(bytes([token_id]), state) >> 8) / 2**23 for token_id in range(VOCAB)]
+
+
+def beams_alone(prompt: list[int], sampling: SamplingParams) -> list[Found]:
+    """The oracle: all hypotheses, by the definition of the parameters."""
+    end_ids = {*sampling.stop_token_ids} | (set() if sampling.ignore_eos else {EOS})
+
+    def model(output: tuple[int, ...]) -> np.ndarray:
+        logprobs = np.array(logprobs_after([*prompt, *output], sampling.seed), dtype=np.float32)
+        if len(output) < sampling.min_tokens:
+            logprobs[list(end_ids)] = -np.inf
+        return logprobs
+
+    assert sampling.beams is not None
+    oracle = plain_oracle if sampling.beams.num_beam_groups == 1 else group_oracle
+    return oracle(cache(model), sampling.beams, end_ids, sampling.max_tokens)
 
 
 def guess(job: Sequence, num_drafts: int) -> list[int]:
@@ -121,7 +168,7 @@ class TokenDevice:
             for a, a_table in zip(earlier.rows, earlier_tables):
                 written = set(a_table[a.start // self.block_size :])
                 for b, b_table in zip(batch.rows, tables):
-                    is_safe = a.job is b.job or not written & set(b_table)
+                    is_safe = a.job.owner is b.job.owner or not written & set(b_table)
                     require(is_safe, "a block that a step in flight may still write")
         self._unsettled.append((batch, tables))
         return self._unsettled[-1]
@@ -132,22 +179,27 @@ class TokenDevice:
         if self._fails(batch):
             raise RuntimeError("this batch fails")
         slots = [[block * self.block_size + i for block in table for i in range(self.block_size)] for table in tables]
+        for source, target in batch.copies:
+            for i in range(self.block_size):
+                self._memory[target * self.block_size + i] = self._memory[source * self.block_size + i]
         for row, slots_of_row in zip(batch.rows, slots):
             for position, token_id in enumerate(row.token_ids + row.drafts, row.start):
                 self._memory[slots_of_row[position]] = self._last.get(row.job.id) if token_id == PENDING else token_id
         output = TokenOutput([], [], [])
-        for row, slots_of_row in zip(batch.rows, slots):
+        for i, (row, slots_of_row) in enumerate(zip(batch.rows, slots)):
             end = row.start + len(row.token_ids)
             seen = [self._memory[slot] for slot in slots_of_row[: end + len(row.drafts)]]
             known = [-2 if token_id is None else token_id for token_id in seen]
             sampled: tuple[int, ...] = ()
-            if row.samples:
+            if row.samples and row.num_candidates:
+                output.candidates[i] = candidates(known, row.job, row.num_candidates)
+            elif row.samples:
                 require(row.sample_position == end, "a wrong position of the random stream")
                 seed = row.job.sampling.seed
                 drawn = [next_token(known[: end + i], seed) for i in range(len(row.drafts) + 1)]
                 sampled = until_rejected(drawn, row.drafts)
                 self._last[row.job.id] = sampled[-1]
-            wants_logprobs = row.samples and row.job.sampling.logprobs is not None
+            wants_logprobs = sampled and row.job.sampling.logprobs is not None
             full = [*known[:end], *sampled]
             entries = tuple(logprob_of(full[: i + 1]) for i in range(end, len(full)))
             output.token_ids.append(sampled)

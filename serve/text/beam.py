@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from serve.events import FinishReason
+from serve.events import FinishReason, TokenLogprobs
 from serve.request import BeamParams
 
 Candidates = Sequence[tuple[int, float]]
@@ -55,6 +55,9 @@ class Node:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
+
+    def entry(self) -> TokenLogprobs:
+        return TokenLogprobs(self.token_id, self.logprob, self.rank)
 
 
 class Fork(NamedTuple):

@@ -2,7 +2,7 @@
 
 Integers only; the tensors are the runner's. A block covers `block_size` positions and is in one of three states:
 
-    in use          num references > 0          in one block table, or in several that share a prefix
+    in use          num references > 0          in one block table, or in several that share a prefix or are forks
     idle, cached    on the free list, hashed    still answers for its prefix until somebody takes it
     idle, empty     on the free list            nothing worth keeping
 
@@ -18,7 +18,8 @@ Follows PagedAttention (Kwon et al., 2023) and vLLM's block pool, without an obj
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 
@@ -120,6 +121,25 @@ class KVCache:
         blocks.append(block)
         return True
 
+    def fork(self, blocks: Sequence[int]) -> list[int]:
+        """A second block table with the same blocks. Who writes into a shared one needs `own_last` first."""
+        for block in blocks:
+            self._references[block] += 1
+        return list(blocks)
+
+    def own_last(self, blocks: Sequence[int]) -> list[int]:
+        """The table with an own block in place of its last one, whose content the caller copies. One must be free."""
+        owned = list(blocks[:-1])
+        has_room = self.extend(owned)
+        assert has_room, "no free block to copy into"
+        self._references[blocks[-1]] -= 1
+        assert self._references[blocks[-1]], "the last block was not shared"
+        return owned
+
+    def num_references(self, block: int) -> int:
+        """How many block tables have it."""
+        return self._references[block]
+
     def free(self, blocks: Sequence[int]) -> None:
         """Give a block table back. Published blocks stay findable until they are taken."""
         references = self._references
@@ -130,10 +150,11 @@ class KVCache:
             self._link(block, before=self._next[self._ring] if self._hashes[block] is None else self._ring)
             self.num_free += 1
 
-    def num_unshared(self, blocks: Sequence[int]) -> int:
-        """How many of these blocks would come free if their sequence gave them back."""
+    def num_unshared(self, tables: Iterable[Sequence[int]]) -> int:
+        """How many blocks would come free if all these block tables were given back."""
         references = self._references
-        return sum(1 for block in blocks if references[block] == 1)
+        num_held = Counter(block for blocks in tables for block in blocks)
+        return sum(1 for block, num in num_held.items() if references[block] == num)
 
     def _link(self, block: int, *, before: int) -> None:
         after = self._prev[before]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.errors import ContextTooLong, InvalidRequest
+from serve.text.beam_group import BeamGroup
+from serve.text.beam_params import check_beams
 from serve.text.sequence import Sequence
 
 
@@ -17,6 +19,10 @@ class Limits:
     kv_cache_tokens: int
     """Positions that the whole KV cache holds."""
     vocab_size: int
+    max_num_seqs: int
+    """Rows of a step."""
+    block_size: int
+    """Positions of a block of the KV cache."""
 
     def check(self, seq: Sequence) -> None:
         """Raise `InvalidRequest`. Reads only, on any thread."""
@@ -38,6 +44,33 @@ class Limits:
                     f"{limit} positions of the {what}; shorten the prompt or lower max_tokens",
                     param="prompt" if num_prompt >= limit else "max_tokens",
                 )
+
+        if isinstance(seq, BeamGroup):
+            self._check_beams(seq)
+
+    def _check_beams(self, group: BeamGroup) -> None:
+        """What beams can be combined with, and whether all of them fit at their longest."""
+        sampling, beams = group.sampling, group.sampling.beams
+        assert beams is not None
+        check_beams(sampling, beams, num_returned=group.num_returned)
+        if group.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be combined with beams; ask without", param="prompt_logprobs")
+        if beams.num_beams > self.max_num_seqs:
+            raise InvalidRequest(
+                f"num_beams is {beams.num_beams}, more than the {self.max_num_seqs} sequences of a step "
+                f"(max_num_seqs); lower num_beams",
+                param="num_beams",
+            )
+        num_shared = group.num_prompt // self.block_size
+        num_own = -(-group.num_to_compute // self.block_size) - num_shared
+        num_blocks, num_needed = self.kv_cache_tokens // self.block_size, num_shared + beams.num_beams * num_own
+        if num_needed > num_blocks:
+            raise ContextTooLong(
+                f"{beams.num_beams} beams of {group.num_prompt} prompt tokens and max_tokens {sampling.max_tokens} may "
+                f"need {num_needed} blocks of {self.block_size} positions, more than the {num_blocks} of the whole KV "
+                f"cache; lower num_beams or max_tokens",
+                param="num_beams",
+            )
 
     def _check_ids(self, name: str, ids: list[int] | tuple[int, ...]) -> None:
         for token_id in min(ids, default=0), max(ids, default=0):

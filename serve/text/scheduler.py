@@ -34,6 +34,8 @@ from serve.engine.interface import Update
 from serve.engine.job import Job, Status
 from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
 from serve.events import FinishReason
+from serve.text.beam import Candidates
+from serve.text.beam_group import Beam, BeamGroup
 from serve.text.claims import Claims
 from serve.text.draft_length import DraftLength
 from serve.text.kv_cache import KVCache
@@ -82,6 +84,8 @@ class TokenScheduler:
             max_model_len=max_model_len,
             kv_cache_tokens=kv_cache.num_blocks * kv_cache.block_size,
             vocab_size=vocab_size,
+            max_num_seqs=self.max_num_seqs,
+            block_size=kv_cache.block_size,
         )
         self._policy = policy
         self._eos = frozenset(eos_token_ids)
@@ -89,12 +93,17 @@ class TokenScheduler:
         self._running: dict[Sequence, None] = {}  # in order of admission
         self._claims = Claims()
         self._num_tokens_waiting = 0
+        self._num_seats_taken = 0
         self._watermark = int(WATERMARK * kv_cache.num_blocks)
 
         self._step = 0
         self._settled = -1
         self._freed_with: dict[int, list[list[int]]] = {}  # step -> block tables to free when it is settled
         self._provisional: set[Sequence] = set()  # those with drafts in flight that took a block for them
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._eos
 
     # -- jobs ------------------------------------------------------------------------------------------------------
 
@@ -104,6 +113,8 @@ class TokenScheduler:
     def add(self, job: Sequence) -> None:
         job.end_ids = frozenset(job.sampling.stop_token_ids).union(() if job.sampling.ignore_eos else self._eos)
         self.kv_cache.extend_hashes(job.block_hashes, job.token_ids, job.cache_salt)
+        if isinstance(job, BeamGroup):
+            job.begin()
         self._num_tokens_waiting += len(job.token_ids)
         self._waiting.add(job)
 
@@ -135,55 +146,58 @@ class TokenScheduler:
         drafts = self._plan_drafts(plan, num_drafts) if num_drafts else {}
         step, self._step = self._step, self._step + 1
         rows = []
-        for seq, num_new in plan.items():
+        shares = (share for job, num_new in plan.items() for share in job.split(num_new))
+        for seq, num_new in shares:
             ids, start = seq.token_ids, seq.num_scheduled
             end = start + num_new
             samples = end == len(ids) + seq.num_pending and seq.sampling.max_tokens > 0
             scores = seq.prompt_logprobs is not None and start < seq.num_prompt - 1 and not seq.is_scored
             new_ids = ids[start:end] if start < len(ids) else [PENDING]
-            rows.append(Row(seq, seq.epoch, new_ids, start, seq.blocks, samples, end, scores, drafts.get(seq, 0)))
+            row = Row(seq, seq.epoch, new_ids, start, seq.blocks, samples, end, scores, drafts.get(seq, 0))
+            row.num_candidates = seq.num_candidates
+            rows.append(row)
             seq.num_scheduled = end
             seq.num_pending += samples
             seq.last_step = step
-        return TokenBatch(step, rows)
+        return TokenBatch(step, rows, [row.job.copy for row in rows if isinstance(row.job, Beam) and row.job.copy])
 
     def _plan(self, num_drafts: int) -> dict[Sequence, int]:
         plan: dict[Sequence, int] = {}
         prefills: dict[Sequence, int] = {}
-        block_size, is_short = self.kv_cache.block_size, False
+        is_short = False
         for seq in list(self._running):
             num_new = seq.num_wanted
-            if num_new > 1:
+            if num_new > seq.num_seats:
                 prefills[seq] = num_new
-            elif num_new == 1 and seq.status is Status.RUNNING:  # it may have become a victim just now
+            elif num_new and seq.status is Status.RUNNING:  # it may have become a victim just now
                 if seq.num_pending and seq.num_draftable(num_drafts):
                     continue  # drafts follow known tokens only
-                if seq.num_scheduled == len(seq.blocks) * block_size and not self.kv_cache.extend(seq.blocks):
+                if not seq.grow(self.kv_cache):
                     is_short = True
                     if not self._make_room(seq, plan):
                         continue
-                plan[seq] = 1
+                plan[seq] = num_new
         if is_short:
             prefills = {seq: num_new for seq, num_new in prefills.items() if seq.status is Status.RUNNING}
 
-        left = self.max_num_batched_tokens - len(plan)
+        left = self.max_num_batched_tokens - sum(plan.values())
         smallest_start = left // 8
         for seq, num_new in prefills.items():
             left -= self._share(plan, seq, num_new, left)
-        while not is_short and left and len(self._running) < self.max_num_seqs:
+        while not is_short and left:
             first = self._waiting.peek()
-            if first is None:
+            if first is None or self._num_seats_taken + first.num_seats > self.max_num_seqs:
                 break
             cached = self._find(first)
             if first.is_scored and self._claims.park(first, self._usable_hashes(first), len(cached)):
                 self._waiting.remove(first)
                 continue
-            num_new = len(first.token_ids) - len(cached) * block_size
+            num_new = first.num_known - len(cached) * self.kv_cache.block_size
             if left < num_new and (left + 1) // 2 < smallest_start:
                 break
-            if not self._admit(first, cached, self._watermark if self._running else 0):
+            if not self._admit(first, cached, self._watermark + first.num_seats - 1 if self._running else 0):
                 break
-            prefills[first] = num_new
+            prefills[first] = num_new = first.num_wanted
             left -= self._share(plan, first, num_new, left)
         for seq, num_new in prefills.items():  # what nobody behind could use
             if not left:
@@ -199,11 +213,10 @@ class TokenScheduler:
             self._waiting.add(seq)
         if seq in self._waiting:
             cached = self._find(seq)
-            while len(self._running) >= self.max_num_seqs or not self._admit(seq, cached, 0):
+            while self._num_seats_taken + seq.num_seats > self.max_num_seqs or not self._admit(seq, cached, 0):
                 self._preempt(self._victim())
-        if seq.num_scheduled == len(seq.blocks) * self.kv_cache.block_size:
-            while not self.kv_cache.extend(seq.blocks):
-                self._preempt(self._victim(spare=seq))
+        while not seq.grow(self.kv_cache):
+            self._preempt(self._victim(spare=seq))
         return {seq: min(seq.num_wanted, self.max_num_batched_tokens)}
 
     def _plan_drafts(self, plan: dict[Sequence, int], num_drafts: int) -> dict[Sequence, int]:
@@ -211,7 +224,7 @@ class TokenScheduler:
         drafts: dict[Sequence, int] = {}
         left, block_size = self.max_num_batched_tokens - sum(plan.values()), self.kv_cache.block_size
         for seq in plan:
-            if seq.num_scheduled + 1 != len(seq.token_ids) or seq.last_step > self._settled:
+            if not seq.may_speculate or seq.num_scheduled + 1 != len(seq.token_ids) or seq.last_step > self._settled:
                 continue  # a decode of known tokens, with nothing else in flight: its blocks may then be freed
             most = min(seq.num_draftable(num_drafts), left)
             while seq.num_scheduled + 1 + most > len(seq.blocks) * block_size:
@@ -244,17 +257,13 @@ class TokenScheduler:
         return seq.block_hashes[: (len(seq.token_ids) - 1) // self.kv_cache.block_size]
 
     def _admit(self, seq: Sequence, cached: list[int], reserve: int) -> bool:
-        block_size = self.kv_cache.block_size
-        num_blocks = -(-len(seq.token_ids) // block_size)
-        blocks = self.kv_cache.allocate(cached, num_blocks - len(cached), reserve)
-        if blocks is None:
+        if not seq.allocate(self.kv_cache, cached, reserve):
             return False
         self._waiting.remove(seq)
         self._num_tokens_waiting -= len(seq.token_ids)
+        self._num_seats_taken += seq.num_seats
         self._running[seq] = None
         seq.status = Status.RUNNING
-        seq.blocks, seq.num_published = blocks, len(cached)
-        seq.num_computed = seq.num_scheduled = len(cached) * block_size
         if not seq.num_preemptions:
             seq.num_cached = seq.num_computed
             if seq.is_scored:
@@ -264,8 +273,8 @@ class TokenScheduler:
         return True
 
     def _make_room(self, seq: Sequence, plan: dict[Sequence, int]) -> bool:
-        """Preempt until `seq` has its next block. False: it became a victim, or waits for a step in flight."""
-        while not self.kv_cache.extend(seq.blocks):
+        """Preempt until `seq` has what its step needs. False: it became a victim, or waits for a step in flight."""
+        while not seq.grow(self.kv_cache):
             if self._freed_with or self._provisional:
                 return False  # a victim's blocks, or drafts', are on their way; nobody is preempted for a draft
             victim = self._victim()
@@ -281,8 +290,9 @@ class TokenScheduler:
 
     def _cost_of_preempting(self, seq: Sequence) -> tuple[float, float]:
         """Urgency in whole priority levels, waiting included (so nobody is the victim for ever), then loss per gain."""
-        num_freed = self.kv_cache.num_unshared(seq.blocks)
-        num_lost = seq.num_computed - (len(seq.blocks) - num_freed) * self.kv_cache.block_size
+        num_blocks = sum(len(part.blocks) for part in seq.holders)
+        num_freed = self.kv_cache.num_unshared([part.blocks for part in seq.holders])
+        num_lost = sum(part.num_computed for part in seq.holders) - (num_blocks - num_freed) * self.kv_cache.block_size
         return -(self._policy(seq) // AGING_S), num_lost / num_freed if num_freed else float("inf")
 
     def _preempt(self, seq: Sequence) -> None:
@@ -290,40 +300,44 @@ class TokenScheduler:
         seq.status = Status.WAITING
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self.kv_cache.extend_hashes(seq.block_hashes, seq.token_ids, seq.cache_salt)
+        for part in seq.holders:
+            self.kv_cache.extend_hashes(part.block_hashes, part.token_ids, part.cache_salt)
         self._num_tokens_waiting += len(seq.token_ids)
         self._waiting.add(seq)
 
     def _release(self, seq: Sequence) -> None:
         """Take a running sequence's place and blocks away. What is in flight for it is stale from now on."""
         del self._running[seq]
-        seq.epoch += 1
+        self._num_seats_taken -= seq.num_seats
         for waiter in self._claims.give_up(seq, seq.block_hashes[seq.num_published :]):
             self._waiting.add(waiter)
-        if seq.last_step > self._settled:
-            self._freed_with.setdefault(seq.last_step, []).append(seq.blocks)
-        else:
-            self.kv_cache.free(seq.blocks)
-        seq.blocks = []
-        seq.has_drafts = False
         self._provisional.discard(seq)
-        seq.num_computed = seq.num_scheduled = seq.num_pending = seq.num_published = 0
+        for part in seq.holders:
+            part.epoch += 1
+            if part.last_step > self._settled:
+                self._freed_with.setdefault(part.last_step, []).append(part.blocks)
+            else:
+                self.kv_cache.free(part.blocks)
+            part.forget_progress()
 
     # -- settling --------------------------------------------------------------------------------------------------
 
     def update(self, batch: TokenBatch, output: TokenOutput) -> list[Update[Sequence]]:
         updates: list[Update[Sequence]] = []
         block_size = self.kv_cache.block_size
-        for row, sampled, logprobs, scores in zip(
-            batch.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True
+        for i, (row, sampled, logprobs, scores) in enumerate(
+            zip(batch.rows, output.token_ids, output.logprobs, output.prompt_logprobs, strict=True)
         ):
             seq = row.job
             if seq.epoch != row.epoch:
                 continue
-            assert bool(sampled) == row.samples
             seq.num_computed = end = row.start + len(row.token_ids)
             if end >= (seq.num_published + 1) * block_size:
                 self._publish(seq)
+            if isinstance(seq, Beam):
+                updates += self._advance(seq, output.candidates.get(i))
+                continue
+            assert bool(sampled) == row.samples
             prompt_logprobs = None if seq.prompt_logprobs is None else seq.take_scores(row.start, scores)
             finish: FinishReason | None = None
             num_kept = 0
@@ -341,11 +355,25 @@ class TokenScheduler:
                 chosen = None if logprobs is None or not num_kept else logprobs[:num_kept]
                 tokens = TokenUpdate(sampled[:num_kept], chosen, prompt_logprobs)
             if tokens is not None or finish is not None:
-                updates.append(Update(seq, tokens, finish))
+                updates.append(Update(seq, tokens, finish, seq.error))
         self._settle(batch)
         if self.draft_length is not None:
             self.draft_length.observe(batch, output)
         return updates
+
+    def _advance(self, beam: Beam, candidates: Candidates | None) -> list[Update[Sequence]]:
+        """Take in what may follow a beam. With the last one of its group the search takes a step."""
+        beam.copy = None
+        if candidates is None:
+            return []
+        beam.num_pending -= 1
+        beam.candidates = candidates
+        update = beam.group.advance(self.kv_cache)
+        if update is None:
+            return []
+        if update.finish is not None:
+            self._release(update.job)
+        return [update]
 
     def _settle_drafts(self, seq: Sequence, row: Row, num_accepted: int, num_kept: int) -> None:
         """The positions of accepted drafts are computed; the others' will be written again, their blocks come free."""
@@ -368,12 +396,13 @@ class TokenScheduler:
     def abandon(self, batch: TokenBatch) -> None:
         """What was settled before this batch stays; later batches in flight are stale for its sequences."""
         for row in batch.rows:
-            seq = row.job
-            if seq.epoch == row.epoch:
-                seq.epoch += 1
-                seq.num_scheduled, seq.num_pending = seq.num_computed, 0
-                if row.num_drafts:
-                    self._drop_drafts(seq)
+            if row.job.epoch != row.epoch:
+                continue
+            if row.num_drafts:
+                self._drop_drafts(row.job)
+            for part in row.job.owner.holders:  # one beam's positions may be another's prefix
+                part.epoch += 1
+                part.num_scheduled, part.num_pending = part.num_computed, 0
         self._settle(batch)
 
     def _publish(self, seq: Sequence) -> None:

@@ -13,11 +13,15 @@ they will have settled is unknown while they are in flight (`has_drafts`): such 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from serve.engine.job import Job
+from serve.errors import RequestFailed
 from serve.events import FinishReason, TokenLogprobs
 from serve.request import SamplingParams
+from serve.text.grammar import Matcher
+from serve.text.kv_cache import KVCache
 
 PENDING = -1
 """In `Row.token_ids`: the token sampled for this job by the previous batch, known to the runner only."""
@@ -34,6 +38,8 @@ class Sequence(Job):
     cache_salt: str = ""
     prompt_logprobs: int | None = None
     may_speculate: bool = True
+    matcher: Matcher | None = None
+    """Where the output stands in its grammar. Follows `token_ids`, so preemption means nothing to it."""
 
     blocks: list[int] = field(default_factory=list)
     """Block table, append-only while a step in flight may read it. What drafts leave unused at its end is freed."""
@@ -50,6 +56,8 @@ class Sequence(Job):
     """Draft tokens that were verified, and those of them that became output."""
     stop_token_id: int | None = None
     stop_logprobs: TokenLogprobs | None = None
+    error: RequestFailed | None = None
+    """Why it cannot go on, when it ends with `FinishReason.ERROR` by itself."""
 
     end_ids: frozenset[int] = frozenset()
     """The tokens that end it: `stop_token_ids`, and the model's own end tokens unless `ignore_eos`. Set by `add`."""
@@ -61,6 +69,57 @@ class Sequence(Job):
     """Leading blocks that the prefix cache knows about."""
     last_step: int = -1
     """The last step that may write its blocks: they are freed when that one is settled."""
+
+    # What differs for a beam request, which is one job and several sequences (`beam_group.py`).
+
+    @property
+    def owner(self) -> Sequence:
+        """The job that this is, or is a beam of."""
+        return self
+
+    @property
+    def holders(self) -> SequenceOf[Sequence]:
+        """Those of this job that hold blocks."""
+        return (self,)
+
+    @property
+    def num_seats(self) -> int:
+        """Rows of a step that it may need at once."""
+        return 1
+
+    @property
+    def num_candidates(self) -> int:
+        """How many likeliest next tokens a step finds for it instead of sampling one. 0: it samples."""
+        return 0
+
+    @property
+    def num_known(self) -> int:
+        """Positions that an admission brings to be computed, cached ones included."""
+        return len(self.token_ids)
+
+    def split(self, num_new: int) -> SequenceOf[tuple[Sequence, int]]:
+        """Who computes how many of `num_new` planned positions."""
+        return ((self, num_new),)
+
+    def allocate(self, kv_cache: KVCache, cached: list[int], reserve: int) -> bool:
+        """Take blocks for all known positions, `cached` ones shared; False, and nothing taken, when they do not fit."""
+        num_blocks = -(-len(self.token_ids) // kv_cache.block_size)
+        blocks = kv_cache.allocate(cached, num_blocks - len(cached), reserve)
+        if blocks is None:
+            return False
+        self.blocks, self.num_published = blocks, len(cached)
+        self.num_computed = self.num_scheduled = len(cached) * kv_cache.block_size
+        return True
+
+    def grow(self, kv_cache: KVCache) -> bool:
+        """Take what the next step of a decode needs; False, and nothing taken, when it is not free."""
+        return self.num_scheduled < len(self.blocks) * kv_cache.block_size or kv_cache.extend(self.blocks)
+
+    def forget_progress(self) -> None:
+        """It holds no blocks any more."""
+        self.blocks = []
+        self.has_drafts = False
+        self.num_computed = self.num_scheduled = self.num_pending = self.num_published = 0
 
     @property
     def num_output(self) -> int:
@@ -83,6 +142,8 @@ class Sequence(Job):
             return 0  # where it goes on is not known yet
         if self.num_pending and self.num_scheduled == self.num_to_compute:
             return 0  # the pending token is the last one
+        if self.num_pending and self.matcher is not None:
+            return 0  # what may come next depends on a token that is not known here
         if self.num_pending > 1 and self.sampling.needs_history:
             return 0  # penalties count known tokens and the newest, which is on the device; here is a gap between them
         return len(self.token_ids) + self.num_pending - self.num_scheduled
@@ -95,12 +156,20 @@ class Sequence(Job):
         self, sampled: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
     ) -> tuple[int, FinishReason | None]:
         """Take in sampled tokens up to the end: how many of them become output, and why it ends there if it does."""
-        num_output = self.num_output
+        num_output, matcher = self.num_output, self.matcher
         for i, token_id in enumerate(sampled):
-            if token_id in self.end_ids and num_output + i >= self.sampling.min_tokens:
+            if matcher is not None and matcher.failure is not None:
+                self.error = RequestFailed(f"the output cannot go on: {matcher.failure}")
+                return i, FinishReason.ERROR
+            is_end = token_id in self.end_ids and num_output + i >= self.sampling.min_tokens
+            if is_end or (matcher is not None and matcher.is_end(token_id)):
                 self.stop_token_id, self.stop_logprobs = token_id, None if logprobs is None else logprobs[i]
                 return i, FinishReason.STOP
             self.token_ids.append(token_id)
+            if matcher is not None:
+                matcher.accept(token_id)
+                if matcher.is_complete:
+                    return i + 1, FinishReason.STOP
             if num_output + i + 1 == self.sampling.max_tokens:
                 return i + 1, FinishReason.LENGTH
         return len(sampled), None
@@ -136,6 +205,8 @@ class Row:
     """Whether log-probabilities of the next prompt tokens are wanted for these positions."""
     num_drafts: int = 0
     """How many draft tokens may follow `token_ids`; the block table has room for them."""
+    num_candidates: int = 0
+    """More than 0: instead of drawing a token, find so many of the likeliest, with log-probabilities (a beam)."""
     drafts: list[int] = field(default_factory=list)
     """The tokens proposed, by the runner. Each wants logits too: the row samples after every one of them."""
 
@@ -165,10 +236,12 @@ class TokenBatch:
 
     step: int
     rows: list[Row]
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(from, to): blocks to be copied before anything is computed."""
 
     @property
     def jobs(self) -> list[Sequence]:
-        return [row.job for row in self.rows]
+        return list(dict.fromkeys(row.job.owner for row in self.rows))
 
     @property
     def num_tokens(self) -> int:
@@ -188,11 +261,13 @@ class TokenOutput:
     """One entry per row of the batch, in order."""
 
     token_ids: list[tuple[int, ...]]
-    """The sampled tokens: none for a row that does not sample, else its accepted drafts and one more."""
+    """The sampled tokens: accepted drafts and one more; none for a row that does not sample, or gives candidates."""
     logprobs: list[tuple[TokenLogprobs, ...] | None]
     """One entry a sampled token, for rows that ask."""
     prompt_logprobs: list[list[TokenLogprobs] | None]
     """For rows that score: entry i is about the token at position start + i + 1."""
+    candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """Row → (token id, log-probability) of those likeliest to follow, best first, for rows that ask."""
     seconds: float = 0.0
     """What the step took, drafting included."""
     is_typical: bool = True

@@ -11,14 +11,14 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from beams import Model, group_oracle, plain_oracle, searched
 from hypothesis import given
 from hypothesis import strategies as st
+from make_group_beams import PAD, PAD_BIAS, make_model
 
 from serve.events import FinishReason
 from serve.request import BeamParams
 from serve.text.beam import make_search
-from tests.beams import Model, group_oracle, plain_oracle, searched
-from tests.text.make_group_beams import PAD, PAD_BIAS, make_model
 
 FROZEN = json.loads(Path(__file__).with_name("group_beams.json").read_text(encoding="utf-8"))
 VOCAB = 29

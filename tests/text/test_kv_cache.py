@@ -114,7 +114,7 @@ def test_hits_in_use_cost_no_free_block():
     cache = KVCache(3, block_size=2)
     blocks = computed(cache, [1, 2, 3, 4])
     assert cache.allocate(blocks, 1) == [*blocks, 2]
-    assert cache.num_unshared(blocks) == 0
+    assert cache.num_unshared([blocks]) == 0
 
 
 def test_equal_blocks_are_not_merged_and_the_one_in_use_answers():
@@ -168,7 +168,7 @@ def test_every_block_is_in_use_or_free_and_every_prefix_found_has_its_content(da
         references = Counter(block for table in tables for block in table)
         assert cache.num_free == num_blocks - len(references)
         for table in tables:
-            assert cache.num_unshared(table) == sum(references[block] == 1 for block in table)
+            assert cache.num_unshared([table]) == sum(references[block] == 1 for block in table)
     for table in tables:
         cache.free(table)
     assert sorted(cache.allocate([], num_blocks)) == list(range(num_blocks))

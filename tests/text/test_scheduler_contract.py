@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from beams import Found
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_device import (
     VOCAB,
     RandomLength,
     TokenDevice,
+    beam_group,
+    beams_alone,
     logprob_of,
     make_scheduler,
     next_token,
@@ -26,8 +29,9 @@ from token_device import (
 
 from serve.engine.engine import Engine
 from serve.engine.job import Status
-from serve.errors import ContextTooLong, RequestFailed
+from serve.errors import ContextTooLong, InvalidRequest, RequestFailed
 from serve.events import FinishReason
+from serve.text.beam_group import BeamGroup, BeamUpdate
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence
 
@@ -45,6 +49,7 @@ class Plan:
     """What happens to one job: when it comes, when it is cancelled, whether computing it fails."""
 
     job: Sequence
+    """Maybe a `BeamGroup`."""
     arrives: int
     cancelled: int | None
     is_poison: bool
@@ -54,8 +59,16 @@ class Plan:
 def plans(draw) -> Plan:
     family, length = draw(st.integers(1, 2)), draw(st.sampled_from([1, 7, 8, 12, 16, 16, 21]))
     own_tail = draw(st.lists(st.integers(1, VOCAB - 1), max_size=5))
-    job = sequence(
-        [(family * 5 + i * i) % VOCAB for i in range(length)] + own_tail,
+    prompt = [(family * 5 + i * i) % VOCAB for i in range(length)] + own_tail
+    job = draw(beam_groups(prompt) if draw(st.integers(0, 3)) == 3 else sequences(prompt))
+    cancelled = draw(st.sampled_from([None] * 6 + [0, 1, 3, 6]))
+    return Plan(job, draw(st.sampled_from([0, 0, 1, 2, 8])), cancelled, draw(st.integers(0, 14)) == 14)
+
+
+@st.composite
+def sequences(draw, prompt: list[int]) -> Sequence:
+    return sequence(
+        prompt,
         priority=draw(st.sampled_from([0, 0, 1])),
         salt=draw(st.sampled_from(["", "", "", "tenant"])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
@@ -67,23 +80,62 @@ def plans(draw) -> Plan:
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
         logprobs=draw(st.sampled_from([None, 0])),
     )
-    cancelled = draw(st.sampled_from([None] * 6 + [0, 1, 3, 6]))
-    return Plan(job, draw(st.sampled_from([0, 0, 1, 2, 8])), cancelled, draw(st.integers(0, 14)) == 14)
+
+
+@st.composite
+def beam_groups(draw, prompt: list[int]) -> BeamGroup:
+    num_beam_groups = draw(st.sampled_from([1, 1, 2]))
+    num_beams = num_beam_groups * draw(st.integers(1, 3))
+    return beam_group(
+        prompt,
+        num_beams,
+        num_beam_groups=num_beam_groups,
+        diversity_penalty=0.3 if num_beam_groups > 1 else 0.0,
+        length_penalty=draw(st.sampled_from([1.0, 0.0, 2.0])),
+        early_stopping=draw(st.sampled_from([True, False, "never"])),
+        num_returned=draw(st.sampled_from([1, 1, num_beams])),
+        priority=draw(st.sampled_from([0, 0, 1])),
+        salt=draw(st.sampled_from(["", "", "tenant"])),
+        max_tokens=draw(st.sampled_from([12, 8, 5, 2, 1])),
+        min_tokens=draw(st.integers(0, 3)),
+        ignore_eos=draw(st.booleans()),
+        stop_token_ids=draw(st.sampled_from([(), (), (3,)])),
+        seed=draw(st.integers(0, 3)),
+        logprobs=0 if num_beam_groups == 1 else None,
+    )
 
 
 def check_books(scheduler: TokenScheduler, unfinished: int) -> None:
     """Conservation, and the counters behind `load` against what they count."""
-    held = {block for seq in scheduler._running for block in seq.blocks}
+    held = {block for seq in scheduler._running for part in seq.holders for block in part.blocks}
     held |= {block for tables in scheduler._freed_with.values() for table in tables for block in table}
     assert scheduler.kv_cache.num_free + len(held) == scheduler.kv_cache.num_blocks
     load = scheduler.load()
     waiting = [*scheduler._waiting, *scheduler._claims._waits_for]
     assert load.running + load.waiting == unfinished
     assert load.tokens_waiting == sum(len(seq.token_ids) for seq in waiting)
-    assert all(seq.status is Status.WAITING and not seq.blocks for seq in waiting)
+    assert all(seq.status is Status.WAITING and not any(part.blocks for part in seq.holders) for seq in waiting)
     assert load.memory == pytest.approx(len(held) / scheduler.kv_cache.num_blocks)
     assert scheduler._claims or not scheduler._claims._waiters
     assert set(scheduler._claims._owners.values()) <= set(scheduler._running)
+
+
+def most_blocks(job: Sequence, block_size: int) -> int:
+    """At the job's longest; full blocks of its prompt are shared by all beams."""
+    num_positions = job.num_prompt + max(job.sampling.max_tokens - 1, 0)
+    num_shared = job.num_prompt // block_size if job.num_seats > 1 else 0
+    return num_shared + job.num_seats * (-(-num_positions // block_size) - num_shared)
+
+
+def check_beams(job: BeamGroup, reason: FinishReason | None, updates: list[BeamUpdate]) -> None:
+    """What was delivered on the way begins the best hypothesis; at the end all are the oracle's, ids and scores."""
+    expected = beams_alone(job.token_ids, job.sampling)[: job.num_returned]
+    delivered = [token_id for update in updates for token_id in update.token_ids]
+    assert delivered == list(expected[0].tokens[: len(delivered)])
+    assert job.num_returned == 1 or not delivered
+    if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):
+        assert [Found.of(hypothesis) for hypothesis in updates[-1].hypotheses] == expected
+        assert reason is expected[0].reason
 
 
 @settings(max_examples=300, deadline=None)
@@ -106,7 +158,7 @@ def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, cac
         draft_length=RandomLength(num_drafts),
     )  # fmt: skip
     poison = {id(plan.job) for plan in wanted if plan.is_poison}
-    device = TokenDevice(num_blocks, block_size, lambda batch: any(id(row.job) in poison for row in batch.rows))
+    device = TokenDevice(num_blocks, block_size, lambda batch: any(id(job) in poison for job in batch.jobs))
     now = [0.0]
     engine = Engine(scheduler, device, depth=depth, clock=lambda: now[0])
     prompts, streams, outputs = {}, {}, {}
@@ -122,8 +174,9 @@ def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, cac
                     streams[plan.job.id] = engine.submit(plan.job)
                     outputs[plan.job.id] = []
                 except ContextTooLong:
-                    needed = len(plan.job.token_ids) + max(plan.job.sampling.max_tokens - 1, 0)
-                    assert needed > num_blocks * block_size
+                    assert most_blocks(plan.job, block_size) > num_blocks
+                except InvalidRequest:
+                    assert plan.job.num_seats > min(max_num_seqs, budget)
             if plan.cancelled is not None and plan.arrives + plan.cancelled == step and plan.job.id in streams:
                 engine.cancel(plan.job.id)
         num_batches = len(device.batches)
@@ -151,6 +204,9 @@ def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, cac
 
     for name, stream in streams.items():
         job, prompt = stream.job, prompts[name]
+        if isinstance(job, BeamGroup):
+            check_beams(job, stream.finish_reason, outputs[name])
+            continue
         expected = tokens_alone(prompt, job.sampling)
         token_ids = [token_id for update in outputs[name] for token_id in update.token_ids]
         if stream.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
