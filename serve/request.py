@@ -31,6 +31,10 @@ class Grammar:
 
     kind: GrammarKind
     source: str = ""
+    is_compact: bool = False
+    """JSON without any whitespace."""
+    param: str = field(default="grammar", compare=False)
+    """The request's field that asked for it, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ THIRD_PARTY_RULES = {
     "pydantic": ("serve/gateway/", "serve/config.py"),
     "diffusers": ("models/dit/", "models/embedded/"),
     "transformers": ("models/", "loadtest/"),
+    "llguidance": ("serve/text/grammar",),
 }
 FORBIDDEN = {
     # files: what they never import, directly
@@ -51,7 +52,9 @@ TORCH_FREE = (
     "serve.preflight",
     "models.source",
 )
-BARE_GPU_BOX = ("ray", "pydantic", "fastapi", "starlette", "uvicorn", "msgspec", "diffusers", "prometheus_client")
+BARE_GPU_BOX = (
+    *("ray", "pydantic", "fastapi", "starlette", "uvicorn", "msgspec", "diffusers", "prometheus_client", "llguidance"),
+)
 MAX_LINES = 400
 
 

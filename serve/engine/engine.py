@@ -275,7 +275,7 @@ class Engine(Generic[J, B, O]):
                 if self._suspects:
                     self._suspects.pop(job.id, None)
             if update.finish is not None:
-                self._end(job, update.finish)
+                self._end(job, update.finish, update.error)
         if self._observer is not None:
             batch = flight.batch
             stats = StepStats(now - flight.launched, len(flight.jobs), batch.num_tokens, batch.stage, batch.num_rows)

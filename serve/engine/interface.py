@@ -28,6 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from serve.backend import Load
 from serve.engine.job import Job
+from serve.errors import TandemError
 from serve.events import FinishReason
 
 J = TypeVar("J", bound=Job)
@@ -69,6 +70,8 @@ class Update(Generic[J]):
     job: J
     output: Any | None = None
     finish: FinishReason | None = None
+    error: TandemError | None = None
+    """With `FinishReason.ERROR`: why this job alone cannot go on."""
 
 
 class Scheduler(Protocol[J, B, O_contra]):

@@ -17,7 +17,8 @@ from serve.engine.stream import Stream
 from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.merged import merge
-from serve.request import ModelCard, Request, TextRequest
+from serve.request import Grammar, ModelCard, Request, TextRequest
+from serve.text.grammar_compiler import Compiled, GrammarCompiler
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
 
@@ -25,9 +26,11 @@ from serve.text.sequence import Sequence, TokenUpdate
 class TextBackend:
     """A `Backend` over an engine of sequences. It owns the engine: `aclose()` ends it."""
 
-    def __init__(self, engine: Engine[Sequence, Any, Any], card: ModelCard):
+    def __init__(self, engine: Engine[Sequence, Any, Any], card: ModelCard, grammars: GrammarCompiler | None = None):
+        """Without `grammars` a request for constrained output is refused."""
         self._engine = engine
         self._card = card
+        self._grammars = grammars
         self._serial = itertools.count()
 
     @property
@@ -47,10 +50,11 @@ class TextBackend:
             raise InvalidRequest(f"{self._card.name} is a text model; ask an image model for images", param="model")
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; ask for at least one choice", param="n")
+        grammar = await self._compile(request.sampling.grammar)
         choices: list[Choice] = []
         try:
             for index in range(request.n):
-                choices.append(Choice(index, self._engine.submit(self._sequence(request, index))))
+                choices.append(Choice(index, self._engine.submit(self._sequence(request, index, grammar))))
         except BaseException:
             for choice in choices:
                 await choice.aclose()
@@ -68,8 +72,17 @@ class TextBackend:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._engine.close)  # it waits for the step that is running
+        if self._grammars is not None:
+            await asyncio.to_thread(self._grammars.close)
 
-    def _sequence(self, request: TextRequest, index: int) -> Sequence:
+    async def _compile(self, grammar: Grammar | None) -> Compiled | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise InvalidRequest(f"{grammar.param}: this model has no tokenizer here to constrain", param=grammar.param)
+        return await self._grammars.compile(grammar)
+
+    def _sequence(self, request: TextRequest, index: int, grammar: Compiled | None) -> Sequence:
         """The serial number makes the id unique: two requests may well come with the same id."""
         return Sequence(
             id=f"{request.request_id}/{next(self._serial)}",
@@ -80,6 +93,7 @@ class TextBackend:
             sampling=replace(request.sampling, seed=request.sampling.seed + index),
             cache_salt=request.cache_salt,
             prompt_logprobs=request.prompt_logprobs if index == 0 else None,
+            matcher=None if grammar is None else grammar.start(request.sampling),
         )
 
 

@@ -1,9 +1,9 @@
 """Chooses the next token of every row from its logits. Stateless: what a row draws depends on its own request alone.
 
-Each row goes logit bias → minimum length → penalties → temperature → min-p → top-k → top-p → Gumbel-max. A row pays
-only for what its request asks: a batch of plain greedy rows is one argmax. A filter is a threshold on the scores, and
-scores equal to the threshold all stay: which of two equal tokens a sort puts first can then not change the outcome.
-(Logits of bfloat16 models are often equal.)
+Each row goes logit bias → minimum length → grammar → penalties → temperature → min-p → top-k → top-p → Gumbel-max. A
+row pays only for what its request asks: a batch of plain greedy rows is one argmax. A filter is a threshold on the
+scores, and scores equal to the threshold all stay: which of two equal tokens a sort puts first can then not change the
+outcome. (Logits of bfloat16 models are often equal.)
 
 On CPU rows are worked on a few at a time, so that the dozen passes over them stay in the core's cache.
 
@@ -26,6 +26,7 @@ from serve.request import SamplingParams
 from serve.text.gumbel import GumbelNoise, row_key
 from serve.text.logprobs import Scores, score
 from serve.text.sequence import PENDING, Row, Sequence
+from serve.text.token_mask import mask_tokens_
 from serve.transfer import copy_to_device, to_device
 
 _CPU_BLOCK = 1 << 16
@@ -121,7 +122,10 @@ class Sampler:
             params = job.sampling
             recipe = self._recipes[job.id] = _Recipe(
                 params=params,
-                is_plain=params.is_greedy and not params.needs_history and not params.logit_bias,
+                is_plain=params.is_greedy
+                and not params.needs_history
+                and not params.logit_bias
+                and params.grammar is None,
                 end_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids),
             )
         return recipe
@@ -141,6 +145,7 @@ class Sampler:
     ) -> torch.Tensor:
         params = [recipe.params for recipe in recipes]
         self._bias_(scores_RV, rows, recipes)
+        mask_tokens_(scores_RV, rows)
         if any(p.needs_history for p in params):
             self._penalise_(scores_RV, rows, recipes, pending_R)
         tempered = [i for i, p in enumerate(params) if p.temperature not in (0.0, 1.0)]
@@ -165,7 +170,7 @@ class Sampler:
                 at.append(i)
                 ids.append(token_id)
                 values.append(bias)
-            if row.sample_position - row.job.num_prompt < params.min_tokens:
+            if row.sample_position - row.job.num_prompt < params.min_tokens and row.job.matcher is None:
                 at += [i] * len(recipe.end_ids)
                 ids += recipe.end_ids
                 values += [-math.inf] * len(recipe.end_ids)

@@ -122,6 +122,11 @@ class Tokenizer:
         text = self._template.own_tokens(text, self._rename)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens: name → id."""
+        return {self.token_text(token_id): token_id for token_id in sorted(self._special_ids)}
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for inside a text, possibly part of a character; none for an id that is no token."""
         return self._spelling.of(token_id)
