@@ -96,6 +96,13 @@ class ModelOptions:
     """No CUDA graphs."""
     chat_template: str | None = only_for("text", None)
     """File with a Jinja template that replaces the model's own."""
+    tool_call_parser: Literal[
+        "auto", "none", "hermes", "llama3_json", "llama4_json", "pythonic", "llama4_pythonic", "mistral"
+    ] = only_for("text", "auto")
+    """How the model writes tool calls. auto: as its chat template asks it to. none: tools are refused."""
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = only_for("text", "auto")
+    """How reasoning is told from the answer: `<think>…</think>` that the model may open (qwen3), or that every answer
+    begins inside (deepseek_r1). auto: as the chat template has it. none: it stays in the text."""
 
     max_num_images: int = bounded(32, least=1, most=4096, only="image")
     """Images in progress at a time; the rest waits. More than fill a step only take turns, and each holds its latents

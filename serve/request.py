@@ -204,5 +204,8 @@ class ModelCard:
     """Text."""
     vocab_size: int = 0
     """Text."""
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    """Text: as configured; gateways, which have the chat template, know what auto means."""
     image: ImageLimits | None = None
     """Of an image model."""

@@ -29,16 +29,26 @@ from serve.request import ModelCard, Request, TextRequest
 from serve.wire import ReplicaEntry
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MARKERS = ["[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
+"""Special tokens that models write around calls."""
 MERGES = ["t h", "th e", "i n", "a n", "an d", "Ġ the", "Ġ and", "e r", "o u", "Ġ a"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    'Call one as <tool_call>{"name": name, "arguments": object}</tool_call>.<|im_end|>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for call in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Shows tools, in the format of Hermes."""
 
 
 @cache
 def tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE with ten merges and three special tokens (like `tiny.tiny_tokenizer`, without transformers)."""
+    """Byte-level BPE with ten merges and a few special tokens (like `tiny.tiny_tokenizer`, without transformers)."""
     vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [(left, right) for left, right in map(str.split, MERGES)]
     for left, right in merges:
@@ -46,14 +56,14 @@ def tokenizer() -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([EOS, START, END])
+    made.add_special_tokens([EOS, START, END, *MARKERS])
     return made
 
 
 @cache
-def bundle() -> dict[str, bytes]:
+def bundle(chat_template: str = CHAT_TEMPLATE) -> dict[str, bytes]:
     """The files of that tokenizer, without a folder."""
-    config = {"eos_token": END, "pad_token": EOS, "chat_template": CHAT_TEMPLATE}
+    config = {"eos_token": END, "pad_token": EOS, "chat_template": chat_template}
     return {"tokenizer.json": tokenizer().to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
 
@@ -91,6 +101,7 @@ class FakeBackend:
     """The token that ends a reply shorter than `max_tokens`; told as engines tell it."""
     gate: asyncio.Event | None = None
     """Steps wait for it."""
+    chat_template: str = CHAT_TEMPLATE
     requests: list[Any] = field(default_factory=list)
     open: set[FakeStream] = field(default_factory=set)
     num_cancelled: int = 0
@@ -98,7 +109,7 @@ class FakeBackend:
 
     @property
     def bundle(self) -> dict[str, bytes]:
-        return bundle()
+        return bundle(self.chat_template)
 
     def script(self, request: Any) -> list[list[Event]]:
         """All events of a request, one list a step."""

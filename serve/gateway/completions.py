@@ -7,21 +7,24 @@ from typing import Any
 from serve.events import TokenLogprobs
 from serve.gateway.choices import Piece
 from serve.gateway.planning import Asked
-from serve.gateway.prompts import Prompt
+from serve.gateway.prompts import Prompt, completion_prompts
 from serve.gateway.text_generation import TextGeneration
 from serve.gateway.text_wire import Envelope
 from serve.gateway.usage import Logprobs, TextOffsets, usage
+from serve.request import ModelCard
 from serve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 
 
-def asked(body: Any) -> Asked:
+async def ask(body: Any, card: ModelCard, tokenizer: Tokenizer) -> tuple[tuple[Prompt, ...], Asked]:
+    """Prompts and what is asked of each. Raises InvalidRequest."""
     scored = body.prompt_logprobs
     if scored is None and body.echo:
         scored = body.logprobs
-    return Asked(default_max_tokens=DEFAULT_MAX_TOKENS, logprobs=body.logprobs, prompt_logprobs=scored)
+    asked = Asked(default_max_tokens=DEFAULT_MAX_TOKENS, logprobs=body.logprobs, prompt_logprobs=scored)
+    return await completion_prompts(body, card, tokenizer), asked
 
 
 class CompletionFormat:
@@ -31,7 +34,9 @@ class CompletionFormat:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, body: Any, prompts: tuple[Prompt, ...], tokenizer: Tokenizer, envelope: Envelope):
+    def __init__(
+        self, body: Any, prompts: tuple[Prompt, ...], asked: Asked, tokenizer: Tokenizer, envelope: Envelope
+    ) -> None:
         self._body = body
         self._prompts = prompts
         self._n = body.n or 1

@@ -16,9 +16,10 @@ from typing import Any
 from serve.errors import InvalidRequest
 from serve.gateway.choices import Choice, TextOptions
 from serve.gateway.prompts import Prompt, max_tokens_of, room_for
+from serve.gateway.reading import Reading
 from serve.gateway.service import Caller
 from serve.gateway.text_generation import Part
-from serve.request import ModelCard, SamplingParams, TextRequest
+from serve.request import Grammar, ModelCard, SamplingParams, TextRequest
 from serve.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
@@ -42,6 +43,10 @@ class Asked:
     """None: what is left of the context."""
     logprobs: int | None
     prompt_logprobs: int | None
+    grammar: Grammar | None = None
+    """What the output must be."""
+    reading: Reading | None = None
+    """How calls and reasoning are found in it."""
 
 
 def plan(
@@ -57,9 +62,11 @@ def plan(
         skip_special_tokens=body.skip_special_tokens is not False,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         discard=max_tokens_of(body) == 0,
+        reading=asked.reading,
     )
     seed = body.seed if body.seed is not None else secrets.randbits(64)
-    per_part = 1 if options.stops else n
+    ends_itself = bool(options.stops) or (asked.reading is not None and asked.reading.ends_with_call)
+    per_part = 1 if ends_itself else n
     parts = []
     for number, prompt in enumerate(prompts):
         sampling = _sampling(body, prompt, asked, card, tokenizer.generation_config)
@@ -118,6 +125,7 @@ def _sampling(body: Any, prompt: Prompt, asked: Asked, card: ModelCard, defaults
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
         logprobs=asked.logprobs,
+        grammar=asked.grammar,
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import ContextTooLong, InvalidRequest
+from serve.gateway.tools import Tool
 from serve.request import ModelCard
 from serve.text.tokenizer import Tokenizer
 
@@ -23,9 +24,9 @@ class Prompt:
     text: str | None
 
 
-async def chat_prompts(body: Any, card: ModelCard, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
-    """The one prompt of a conversation. Raises InvalidRequest, also for what the chat template refuses."""
-    return (_fitted(await encode_chat(body, tokenizer), None, body, card),)
+def chat_prompt(ids: list[int], body: Any, card: ModelCard) -> Prompt:
+    """The prompt of a conversation from its ids (`encode_chat`). Raises InvalidRequest."""
+    return _fitted(ids, None, body, card)
 
 
 async def completion_prompts(body: Any, card: ModelCard, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
@@ -44,8 +45,11 @@ async def encode_text(text: str, tokenizer: Tokenizer, *, add_special_tokens: bo
     return await _encode(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
-async def encode_chat(body: Any, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation through the model's template. `body`: a chat or a tokenize request."""
+async def encode_chat(body: Any, tokenizer: Tokenizer, tools: Sequence[Tool] | None) -> list[int]:
+    """Ids of a conversation through the model's template. `body`: a chat or a tokenize request.
+
+    Raises InvalidRequest, also for what the chat template refuses.
+    """
     messages = [message.for_template() for message in body.messages]
     kwargs = dict(body.chat_template_kwargs or {})
     effort = getattr(body, "reasoning_effort", None)
@@ -53,10 +57,15 @@ async def encode_chat(body: Any, tokenizer: Tokenizer) -> list[int]:
         kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none", **kwargs}
     continues = bool(body.continue_final_message)
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    definitions = [tool.definition for tool in tools] if tools else None
     return await _encode(
-        sum(len(message["content"]) for message in messages),
+        sum(message.num_chars for message in body.messages) + len(str(definitions)),
         lambda: tokenizer.encode_chat(
-            messages, add_generation_prompt=opens, continue_final_message=continues, template_kwargs=kwargs
+            messages,
+            tools=definitions,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            template_kwargs=kwargs,
         ),
     )
 

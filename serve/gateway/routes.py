@@ -77,7 +77,7 @@ def api_routes(service: Service) -> APIRouter:
         elif body.add_special_tokens:
             raise InvalidRequest("the chat template writes the special tokens", param="add_special_tokens")
         else:
-            ids = await encode_chat(body, tokenizer)
+            ids = await encode_chat(body, tokenizer, body.tools)
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids}
         answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
         return _json(answer)

@@ -16,6 +16,8 @@ from serve.errors import InvalidRequest
 from serve.gateway import values as v
 from serve.gateway.field import CHAT, COMPLETIONS, IMAGES, PATHS, Use
 from serve.gateway.fields import FIELDS
+from serve.gateway.messages import Message, Messages
+from serve.gateway.tools import Tools
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt", IMAGES: "prompt"}
@@ -50,7 +52,9 @@ class TokenizeRequest(BaseModel):
     model_config = _STRICT
     model: v.Name | None = None
     prompt: str | None = None
-    messages: v.Messages | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    """With messages only."""
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages."""
     add_generation_prompt: bool = True
@@ -87,6 +91,8 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     request: TokenizeRequest = _validate(TokenizeRequest, parse_object(body))
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
+    if request.tools and request.messages is None:
+        raise InvalidRequest("tools belong to messages; leave them out with a prompt", param="tools")
     return request
 
 
@@ -202,7 +208,7 @@ def _describe(detail: Any, model: type[BaseModel]) -> tuple[str | None, str]:
     if kind == "extra_forbidden":
         name = str(loc[-1])
         where = _path(loc[:-1])
-        known = list(v.Message.model_fields) if where.startswith("messages") else list(model.model_fields)
+        known = list(Message.model_fields) if where.startswith("messages") else list(model.model_fields)
         return _safe_name(name) and _path(loc), f"{where + ': ' if where else ''}{_unknown(name, known)}"
     path = _path(loc)
     shown = f"{path} is {value!r}: " if type(value) in (int, float) and abs(value) < 1e20 else f"{path} "

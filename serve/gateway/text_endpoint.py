@@ -13,7 +13,7 @@ from serve.gateway.meters import TextMeter
 from serve.gateway.planning import Asked, plan
 from serve.gateway.pool import Pool
 from serve.gateway.prepared import Prepared
-from serve.gateway.prompts import Prompt, chat_prompts, completion_prompts
+from serve.gateway.prompts import Prompt
 from serve.gateway.service import Caller
 from serve.gateway.text_generation import TextGeneration
 from serve.gateway.text_wire import Choices, Envelope, TextFormat
@@ -27,18 +27,16 @@ from serve.text.tokenizer import Tokenizer
 class Dialect:
     """Where chat and completions differ."""
 
-    prompts: Callable[[Any, ModelCard, Tokenizer], Awaitable[tuple[Prompt, ...]]]
-    asked: Callable[[Any], Asked]
-    choices: Callable[[Any, tuple[Prompt, ...], Tokenizer, Envelope], Choices]
+    ask: Callable[[Any, ModelCard, Tokenizer], Awaitable[tuple[tuple[Prompt, ...], Asked]]]
+    """The prompts, and what is asked of each. Raises InvalidRequest."""
+    choices: Callable[[Any, tuple[Prompt, ...], Asked, Tokenizer, Envelope], Choices]
     prefix: str
     object: str
     chunk_object: str
 
 
-CHAT = Dialect(chat_prompts, chat.asked, chat.ChatFormat, "chatcmpl-", "chat.completion", "chat.completion.chunk")
-COMPLETIONS = Dialect(
-    completion_prompts, completions.asked, completions.CompletionFormat, "cmpl-", "text_completion", "text_completion"
-)
+CHAT = Dialect(chat.ask, chat.ChatFormat, "chatcmpl-", "chat.completion", "chat.completion.chunk")
+COMPLETIONS = Dialect(completions.ask, completions.CompletionFormat, "cmpl-", "text_completion", "text_completion")
 
 
 class TextEndpoint:
@@ -54,8 +52,8 @@ class TextEndpoint:
     async def prepare(self, body: Any, card: ModelCard, caller: Caller) -> Prepared[Piece]:
         dialect = self._dialect
         tokenizer = self._pool.tokenizer(card.name)
-        prompts = await dialect.prompts(body, card, tokenizer)
-        parts = plan(body, prompts, dialect.asked(body), card, tokenizer, caller)
+        prompts, asked = await dialect.ask(body, card, tokenizer)
+        parts = plan(body, prompts, asked, card, tokenizer, caller)
         shows = body.stream_options
         envelope = Envelope(
             id=dialect.prefix + (body.request_id or caller.context.request_id),
@@ -70,6 +68,6 @@ class TextEndpoint:
         generation = TextGeneration(parts, self._pool.submit)
         return Prepared(
             generation,
-            TextFormat(dialect.choices(body, prompts, tokenizer, envelope), envelope, generation),
+            TextFormat(dialect.choices(body, prompts, asked, tokenizer, envelope), envelope, generation),
             TextMeter(self._recorder, card.name, caller.context, generation),
         )

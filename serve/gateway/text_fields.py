@@ -10,13 +10,15 @@ from functools import partial
 
 from serve.gateway import values as v
 from serve.gateway.field import CHAT, COMPLETIONS, accepted, honoured, refused
+from serve.gateway.messages import Messages
+from serve.gateway.tools import MAX_TOOLS, Choice, Tools
 
 _BOTH = (CHAT, COMPLETIONS)
 _honoured = partial(honoured, on=_BOTH)
 _accepted = partial(accepted, on=_BOTH)
 _refused = partial(refused, on=_BOTH)
 
-_TOOLS = "tool calling is not supported"
+_FUNCTIONS = "it is the older form of tools; use tools and tool_choice"
 _JSON = "constrained output is not supported"
 _MEDIA = "only text goes in and out"
 _RESULT_ONLY = "not part of the answers here"
@@ -28,12 +30,45 @@ TEXT_FIELDS = (
     ),
     _honoured(
         "messages",
-        v.Messages,
-        "The conversation: roles system, developer (as system), user, assistant; text only.",
+        Messages,
+        "The conversation: roles system, developer (as system), user, assistant, tool; text only.",
         [{"role": "user", "content": "hi"}],
         on=(CHAT,),
     ),
     _honoured("prompt", v.Prompt, "Text, token ids, or a list of either (at most 256).", "hi", on=(COMPLETIONS,)),
+    # Tools and reasoning
+    _honoured(
+        "tools",
+        Tools | None,
+        f"Up to {MAX_TOOLS} functions the model may call. The model's chat template must know tools. strict: a call "
+        "follows the schema in any case where the model marks calls in plain text (format hermes); in other formats "
+        "only under tool_choice required.",
+        [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}],
+        on=(CHAT,),
+    ),
+    _honoured(
+        "tool_choice",
+        Choice | None,
+        "auto (default with tools); none: the model does not see the tools; required, or one tool by name: a grammar "
+        "makes the answer a call that follows the tool's schema, without reasoning before it.",
+        "auto",
+        on=(CHAT,),
+    ),
+    _honoured(
+        "parallel_tool_calls",
+        bool | None,
+        "false: the answer ends with its first call. Default true.",
+        False,
+        on=(CHAT,),
+    ),
+    _honoured(
+        "include_reasoning",
+        bool | None,
+        "false: reasoning_content is left out of the answer; it is generated and counted all the same.",
+        False,
+        on=(CHAT,),
+        by="vllm",
+    ),
     # How much
     _honoured(
         "max_completion_tokens",
@@ -196,13 +231,10 @@ TEXT_FIELDS = (
         "prompt_cache_options", v.Opaque | None, "Prefixes are found by content.", {"mode": "implicit"}, on=(CHAT,)
     ),
     _accepted("prediction", v.Opaque | None, "A hint for speed only.", {"type": "content", "content": "x"}, on=(CHAT,)),
-    _accepted("parallel_tool_calls", bool | None, "There are no tool calls.", True, on=(CHAT,)),
     _accepted("spaces_between_special_tokens", bool | None, "The tokenizer's own decoder decides.", True, by="vllm"),
     # Refused
-    _refused("tools", _TOOLS, [], on=(CHAT,)),
-    _refused("tool_choice", _TOOLS, "none", "auto", on=(CHAT,)),
-    _refused("functions", _TOOLS, [], on=(CHAT,)),
-    _refused("function_call", _TOOLS, "none", "auto", on=(CHAT,)),
+    _refused("functions", _FUNCTIONS, [], on=(CHAT,)),
+    _refused("function_call", _FUNCTIONS, "none", "auto", on=(CHAT,)),
     _refused("response_format", _JSON, {"type": "text"}, on=(CHAT,)),
     _refused("response_format", _JSON, {"type": "text"}, on=(COMPLETIONS,), by="vllm"),
     _refused("audio", _MEDIA, on=(CHAT,)),
@@ -230,8 +262,7 @@ TEXT_FIELDS = (
     _refused("guided_decoding_backend", _JSON, by="vllm"),
     _refused("guided_whitespace_pattern", _JSON, by="vllm"),
     _refused("structural_tag", _JSON, by="vllm"),
-    _refused("include_reasoning", "reasoning is not split from the text", True, on=(CHAT,), by="vllm"),
-    _refused("thinking_token_budget", "reasoning is not split from the text", -1, by="vllm"),
+    _refused("thinking_token_budget", "reasoning ends where the model ends it; use max_tokens", -1, by="vllm"),
     _refused("chat_template", "templates come from the model only", on=(CHAT,), by="vllm"),
     _refused("add_special_tokens", "the chat template writes them", False, on=(CHAT,), by="vllm"),
     _refused("documents", "put documents into a message", [], on=(CHAT,), by="vllm"),

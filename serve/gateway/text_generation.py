@@ -3,8 +3,8 @@
     prompt 0 ── TextRequest (n choices) ── EventStream ─┐
     prompt 1 ── TextRequest (n choices) ── EventStream ─┴─ merged, one list of pieces per engine step and stream
 
-With stop strings each choice is a request of its own, since closing a stream is the only way to cancel, and closes all
-of it. The prefix cache makes the prompt cost once either way.
+Where the gateway may end a choice (stop strings, one call only) each is a request of its own, since closing a stream is
+the only way to cancel, and closes all of it. The prefix cache makes the prompt cost once either way.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Tokens:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
+    """Of the completion."""
 
 
 class TextGeneration:
@@ -83,6 +85,7 @@ class TextGeneration:
         counted: set[int] = set()
         for part in self._parts:
             used.completion += sum(choice.num_tokens for choice in part.choices)
+            used.reasoning += sum(choice.num_reasoning for choice in part.choices)
             if part.prompt_index not in counted:
                 counted.add(part.prompt_index)
                 used.prompt += len(part.request.prompt_token_ids)

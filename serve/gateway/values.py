@@ -12,19 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 256
-MAX_MESSAGES = 1024
-MAX_PARTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARS = 128
 MAX_LOGIT_BIAS = 1024
@@ -233,26 +229,6 @@ TemplateKwargs = Annotated[
 ]
 
 
-def _content(value: Any) -> Any:
-    """A message's text: a string, or text parts joined by line ends (as vLLM does for templates that take strings)."""
-    if not isinstance(value, list):
-        return value
-    if len(value) > MAX_PARTS:
-        raise wrong(f"has {len(value)} parts; at most {MAX_PARTS} are allowed")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise wrong("parts must be objects with a type")
-        if part["type"] not in ("text", "refusal"):
-            raise wrong("holds a part that is not text; only text goes in and out")
-        if part.keys() - {"type", part["type"], "prompt_cache_breakpoint"}:
-            raise wrong("a text part holds type and text only")
-        if not isinstance(part.get(part["type"]), str):
-            raise wrong("a text part needs a string as its text")
-        texts.append(part[part["type"]])
-    return "\n".join(texts)
-
-
 def _size(value: Any) -> tuple[int, int] | None:
     """Width and height; None leaves them to the model."""
     if value == "auto":
@@ -278,64 +254,3 @@ def _image_response(value: Any) -> str:
 
 
 ImageResponse = Annotated[str, PlainValidator(_image_response), WithJsonSchema({"const": "b64_json"})]
-
-
-def _nothing(value: Any) -> None:
-    if value not in (None, [], {}):
-        raise wrong("is not supported; leave it out or empty")
-
-
-_Nothing = Annotated[None, PlainValidator(_nothing), WithJsonSchema({"type": "null"})]
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "maxItems": MAX_PARTS,
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
-        },
-        {"type": "null"},
-    ]
-}
-
-
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = None
-    name: Annotated[str, StringConstraints(max_length=256)] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    """Older name of `reasoning`. Templates of reasoning models read either."""
-    refusal: str | None = None
-    tool_calls: _Nothing = None
-    function_call: _Nothing = None
-    audio: _Nothing = None
-    annotations: Annotated[list[Any], Field(max_length=256)] | None = None
-    """In OpenAI's answers, so clients send it back; without effect."""
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise wrong("needs content")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """What the chat template sees. `developer` is OpenAI's newer name for `system`."""
-        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        shown["content"] = self.content or ""
-        reasoning = self.reasoning if self.reasoning is not None else self.reasoning_content
-        if reasoning is not None:
-            shown["reasoning_content"] = reasoning
-        if self.name is not None:
-            shown["name"] = self.name
-        return shown
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]

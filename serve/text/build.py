@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +27,6 @@ from serve.options import ModelOptions
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
 from serve.text.cache_size import CacheSize, choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
-from serve.text.grammar_compiler import GrammarCompiler
-from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
 from serve.text.load_progress import LoadProgress
 from serve.text.runner import TokenRunner
@@ -56,14 +53,11 @@ def build_text(
 
     `folder`: where the model's files are, when that is known already.
     """
-    folder = folder or find_model(options, "text")[0]
     engine, card = build_engine(
         options, folder, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
     )
     engine.start()
-    assert isinstance(engine.scheduler, TokenScheduler)
-    vocabulary = partial(load_vocabulary, folder, card.vocab_size, engine.scheduler.eos_token_ids)
-    return TextBackend(engine, card, GrammarCompiler(vocabulary))
+    return TextBackend(engine, card)
 
 
 def build_engine(
@@ -121,6 +115,8 @@ def build_engine(
         load_s=process_age_s(since=started),
         aliases=options.served_model_name[1:],
         created=int(time.time()),
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
     )
     log.info(
         "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",

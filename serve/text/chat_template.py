@@ -92,6 +92,11 @@ class ChatTemplate:
             raise self._refusal(f"the chat template cannot render these messages: {error}") from error
         return text if ending is None else ending.cut(text)
 
+    def source(self, *, with_tools: bool = False) -> str:
+        """The template's text; empty without a template."""
+        name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
+        return self._sources.get(name, "")
+
     def own_tokens(self, rendered: str, rename: Callable[[str], str]) -> str:
         """The prompt with each control token the template wrote given another name, and callers' text as it was."""
         return self._controls.sub(lambda match: rename(match[0]), rendered).replace(self._mark, "")

@@ -12,7 +12,8 @@ Bytes that never become a character turn into U+FFFD, when the next token shows 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -27,9 +28,13 @@ class Detokenizer:
     bad byte would turn the run's good characters into U+FFFD too. Here they are out already.
     """
 
-    def __init__(self, spelling: Spelling, skip: Collection[int] = ()) -> None:
+    def __init__(
+        self, spelling: Spelling, skip: Collection[int] = (), shown: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """Tokens of `skip` have no text; those of `shown` have the one given there."""
         self._spelling = spelling
         self._skip = skip
+        self._shown = shown
         self._pending = bytearray()
         """Bytes of a character that is not complete."""
         self._is_first = True
@@ -39,6 +44,9 @@ class Detokenizer:
         """The characters that `ids` complete."""
         spelling, out = self._spelling, list[str]()
         for token_id in ids:
+            if token_id in self._shown:
+                out += (self._flush(), self._shown[token_id])
+                continue
             if token_id in self._skip:
                 continue
             if self._is_first:

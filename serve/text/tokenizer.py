@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from serve.errors import ConfigError
 from serve.text import tokenizer_file
 from serve.text.chat_template import ChatTemplate
 from serve.text.detokenizer import Detokenizer, Spelling
+from serve.text.template_probe import drops_answers, shows_tools
 
 FILES = (
     "tokenizer.json",
@@ -122,6 +123,30 @@ class Tokenizer:
         text = self._template.own_tokens(text, self._rename)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_controls(self, text: str) -> list[int]:
+        """The ids of a text of the server's own, in which control tokens are meant."""
+        return list(self._tokenizer.encode(self._template.own_tokens(text, self._rename), add_special_tokens=False).ids)
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The source of the chat template that is used with tools; empty without one."""
+        return self._template.source(with_tools=True)
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return shows_tools(self._template)
+
+    @cached_property
+    def drops_tool_answers(self) -> bool:
+        """Whether the chat template leaves out what tools answered."""
+        return drops_answers(self._template)
+
+    def special_ids(self, texts: Collection[str]) -> dict[int, str]:
+        """Those of `texts` that are special tokens of the model, by id."""
+        found = {self._id(text): text for text in texts}
+        return {token_id: text for token_id, text in found.items() if token_id in self._special_ids}
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """The special tokens: name → id."""
@@ -135,9 +160,9 @@ class Tokenizer:
         """`token_bytes` as text, with U+FFFD for parts of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """The text of one stream of ids, as it arrives."""
-        return Detokenizer(self._spelling, skip=self._special_ids if skip_special_tokens else ())
+    def detokenizer(self, *, skip_special_tokens: bool = True, shown: Mapping[int, str] | None = None) -> Detokenizer:
+        """The text of one stream of ids, as it arrives. `shown`: tokens that are never skipped, and their text."""
+        return Detokenizer(self._spelling, skip=self._special_ids if skip_special_tokens else (), shown=shown or {})
 
     def _rename(self, control_token: str) -> str:
         return self._secret + control_token

@@ -7,7 +7,7 @@ import json
 import typing
 
 import pytest
-from gateway_fakes import FakeBackend, call, fake_gateway
+from gateway_fakes import TOOL_TEMPLATE, FakeBackend, call, fake_gateway
 from gateway_image_fakes import FakeImageBackend
 from openai.types import completion_create_params, image_generate_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -31,12 +31,14 @@ NEEDS = {
     "output_compression": {"output_format": "jpeg"},
     "partial_images": {"stream": True},
     "stream_progress": {"stream": True},
+    "tool_choice": {"tools": FIELDS["chat"]["tools"].example},
+    "parallel_tool_calls": {"tools": FIELDS["chat"]["tools"].example},
 }
 
 
 def post_all(endpoint: str, bodies: list[dict]):
     async def scenario():
-        async with fake_gateway(FakeBackend(), FakeImageBackend()) as gateway:
+        async with fake_gateway(FakeBackend(chat_template=TOOL_TEMPLATE), FakeImageBackend()) as gateway:
             return [await call(gateway, PATHS[endpoint], body) for body in bodies]
 
     return asyncio.run(asyncio.wait_for(scenario(), 60))

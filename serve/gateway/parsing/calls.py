@@ -87,7 +87,10 @@ class CallParser:
         out: list[Parsed] = []
         at = 0
         while at < len(text):
-            at = self._in_content(text, at, out) if self._section is None else self._in_section(text, at, out)
+            if self._section is None:
+                at = self._in_content(text, at, out)
+            else:
+                at = self._in_section(self._section, text, at, out)
         return out
 
     def finish(self) -> list[Parsed]:
@@ -119,9 +122,7 @@ class CallParser:
             self._say(marker, out)
         return at
 
-    def _in_section(self, text: str, at: int, out: list[Parsed]) -> int:
-        section = self._section
-        assert section is not None
+    def _in_section(self, section: Section, text: str, at: int, out: list[Parsed]) -> int:
         start, num_said = at, len(out)
         at = section.take(text, at, out)
         if any(isinstance(event, CallStart) for event in out[num_said:]):

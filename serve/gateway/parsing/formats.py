@@ -34,15 +34,15 @@ class CallFormat:
     """Markers that may be special tokens of the model and are read inside sections, or left out."""
     opener: str = ""
     """A section also begins at the start of the answer when that is this character."""
-    before: str
-    after: str
+    before: str = ""
+    after: str = ""
     """Around the arguments when a grammar writes the call; NAME stands for the tool's name in quotes."""
     trigger: str = ""
-    """Free text that turns into such a call. Empty: nothing in plain text marks one."""
+    """How every such call begins. Empty: no grammar can write this format."""
     lead: str = ""
-    """A marker a grammar cannot write, for it is a special token: put behind the prompt when a call is forced."""
+    """Its marker, where that is a special token: put behind the prompt when a call is forced."""
     short_ids: bool = False
-    """Its templates take ids of nine letters and digits only."""
+    """Templates of its models take ids of nine letters and digits only."""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -57,7 +57,14 @@ def _list_section(names: Collection[str], spellings: Spellings) -> Section:
     return JsonSection(names, is_list=True)
 
 
-_LIST = CallFormat(name="list", section=_list_section, opener="[", before='[{"name": NAME, "arguments": ', after="}]")
+LIST = CallFormat(
+    name="list",
+    section=_list_section,
+    opener="[",
+    before='[{"name": NAME, "arguments": ',
+    after="}]",
+    trigger='[{"name": ',
+)
 """Of calls forced on models whose own format a grammar cannot write."""
 
 FORMATS = {
@@ -85,16 +92,12 @@ FORMATS = {
         openings=(pythonic.START,),
         others=(pythonic.END, PYTHON_TAG),
         opener="[",
-        before=_LIST.before,
-        after=_LIST.after,
     ),
     "mistral": CallFormat(
         name="mistral",
         section=MistralSection,
         openings=(mistral.START,),
         others=(mistral.ARGS, mistral.CALL_ID),
-        before=_LIST.before,
-        after=_LIST.after,
         lead=mistral.START,
         short_ids=True,
     ),
@@ -139,19 +142,9 @@ def stage_of(prompt_end: str, name: str) -> Stage:
 
 
 def make_parser(
-    calls: CallFormat | None,
-    names: Collection[str],
-    spellings: Spellings,
-    *,
-    stage: Stage | None = None,
-    is_forced: bool = False,
+    calls: CallFormat | None, names: Collection[str], spellings: Spellings, *, stage: Stage | None = None
 ) -> OutputParser:
-    """The parser of one choice. `stage`: where reasoning is at the start; None: there is none.
-
-    `is_forced`: a grammar writes the call.
-    """
-    if is_forced and calls is not None and not calls.trigger:
-        calls = _LIST
+    """The parser of one choice. `stage`: where reasoning is at the start; None: there is none."""
     if calls is None:
         answer = CallParser(lambda: _list_section(names, spellings), spellings)
     else:

@@ -54,7 +54,7 @@ class NamedSection(Section):
         self._finder = MarkerFinder((self._args, self._call_id, "{"))
         self._head: list[str] = []
         self._num_head = 0
-        self._name: str | None = None
+        self._name = ""
         self._has_args = False
         self._scanner: JsonScanner | None = None
 
@@ -84,7 +84,7 @@ class NamedSection(Section):
         if self._num_head > _MAX_HEAD_CHARS:
             self.is_broken = True
         elif marker is not None:
-            if self._name is None:
+            if not self._name:
                 self._name = "".join(self._head).strip()
             if self._name not in self._names:
                 self.is_broken = True
@@ -96,7 +96,6 @@ class NamedSection(Section):
         return at
 
     def _begin(self, out: list[Parsed]) -> None:
-        assert self._name is not None
         self.is_settled = True
         self._scanner = JsonScanner()
         out.append(CallStart(self._name))
