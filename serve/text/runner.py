@@ -2,7 +2,10 @@
 
 Owns the model, the attention backend, the cache tensors and the sampler; decides nothing. A step goes
 
-    rows → flat ids and positions → attention.plan → forward → logits where they are wanted → sampler → ids on the host
+    rows → drafts → flat ids and positions → attention.plan → forward → logits where wanted → sampler → ids on the host
+
+Rows that want drafts get them from the proposer first, as tokens on the host, which on CUDA waits for each; the decode
+graphs are for one token a row, so a step with drafts runs without them.
 
 On CPU `submit` computes and `collect` hands over. On CUDA `submit` queues everything, copies to pinned memory and an
 event included, and `collect` waits for the event. A token still unknown on the host (PENDING) is read from the previous
@@ -14,6 +17,8 @@ Legend: T new tokens of the step, D hidden size, R rows that sample, V vocabular
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +29,8 @@ from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
 from serve.text.cuda_graph import DecodeGraphs
 from serve.text.logprobs import Scores, score
-from serve.text.sampler import Sampled, Sampler, require_finite
+from serve.text.proposer import Proposed, Proposer
+from serve.text.sampler import Proposal, Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
 from serve.text.speculative import until_rejected
 from serve.transfer import to_device, to_host
@@ -59,6 +65,8 @@ class _Flight:
     scores: Scores | None
     prompts: list[_PromptScores]
     done: torch.cuda.Event | None
+    began_s: float = 0.0
+    is_typical: bool = True
 
 
 class TokenRunner:
@@ -73,10 +81,14 @@ class TokenRunner:
         num_blocks: int,
         max_model_len: int = 0,
         max_rows_in_graph: int = 0,
+        proposer: Proposer | None = None,
+        rejects: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
 
-        Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`.
+        Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`. `rejects`:
+        drafts are verified by rejection sampling; else draws are coupled (`speculative.py`).
         """
         self.model = model
         self.device = cache.device
@@ -85,6 +97,11 @@ class TokenRunner:
         self._own_block = num_blocks
         self._block_size = cache.block_size
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
+        self._proposer = proposer
+        self._rejects = rejects
+        self._clock = clock
+        self._collected_s = 0.0
+        """When the last step was collected: a later one does not count the time before."""
         self._is_async = cache.device.type == "cuda"
         self._previous: tuple[list[Row], torch.Tensor] | None = None
         """Draws of the last submitted step and their token ids on the device."""
@@ -106,8 +123,12 @@ class TokenRunner:
 
     def submit(self, batch: TokenBatch) -> _Flight:
         try:
+            began_s = self._clock()
             with torch.inference_mode():
-                return self._compute(batch.rows)
+                proposed = self._propose(batch.rows)
+                flight = self._compute(batch.rows, proposed)
+            flight.began_s, flight.is_typical = began_s, proposed.is_typical
+            return flight
         except torch.AcceleratorError as error:
             raise DeviceFault(f"the device failed: {error}") from error
 
@@ -117,10 +138,16 @@ class TokenRunner:
                 handle.done.synchronize()
             except (torch.AcceleratorError, RuntimeError) as error:
                 raise DeviceFault(f"the device failed: {error}") from error
-        return _output(handle)
+        output = _output(handle)
+        now = self._clock()
+        output.seconds, self._collected_s = now - max(handle.began_s, self._collected_s), now
+        output.is_typical = handle.is_typical
+        return output
 
     def release(self, job_id: str) -> None:
         self._sampler.forget(job_id)
+        if self._proposer is not None:
+            self._proposer.release(job_id)
 
     def warm_up(self) -> None:
         """Compute once what is slow the first time, and note what the canary must answer from now on."""
@@ -157,7 +184,12 @@ class TokenRunner:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _compute(self, rows: list[Row]) -> _Flight:
+    def _propose(self, rows: list[Row]) -> Proposed:
+        if self._proposer is None or not any(row.num_drafts for row in rows):
+            return Proposed()
+        return self._proposer.propose(rows, self._sampler)
+
+    def _compute(self, rows: list[Row], proposed: Proposed) -> _Flight:
         ids: list[int] = []
         positions: list[int] = []
         num_new: list[int] = []
@@ -191,7 +223,8 @@ class TokenRunner:
         if draws:
             hidden_RD = hidden_TD if len(last) == num_tokens else hidden_TD[last_R]
             pending_R = ids_T[last_R] if pending is not None else None
-            sampled = self._sampler.sample(self.model.logits(hidden_RD), draws, pending_R)
+            proposals = _proposals(rows, proposed) if self._rejects else None
+            sampled = self._sampler.sample(self.model.logits(hidden_RD), draws, pending_R, proposals=proposals)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             sampled = Sampled(nothing, nothing, [], None)
@@ -267,6 +300,19 @@ def _draws(rows: list[Row]) -> list[Row]:
     if any(row.drafts for row in rows):
         return [row.after(i) for row in rows if row.samples for i in range(len(row.drafts) + 1)]
     return [row for row in rows if row.samples]
+
+
+def _proposals(rows: list[Row], proposed: Proposed) -> list[Proposal | None]:
+    """The draft in the place of each draw, None where there is none: the last draw of every row."""
+    proposals: list[Proposal | None] = []
+    for row in rows:
+        if row.samples:
+            scores = proposed.scores.get(row.job.id)
+            proposals += [
+                Proposal(token_id, None if scores is None else scores[i]) for i, token_id in enumerate(row.drafts)
+            ]
+            proposals.append(None)
+    return proposals
 
 
 def _output(flight: _Flight) -> TokenOutput:

@@ -23,9 +23,10 @@ import torch
 
 from serve.errors import RequestFailed
 from serve.request import SamplingParams
-from serve.text.gumbel import GumbelNoise, row_key
+from serve.text.gumbel import GumbelNoise, Stream, row_key, uniform
 from serve.text.logprobs import Scores, score
 from serve.text.sequence import PENDING, Row, Sequence
+from serve.text.speculative import reject_
 from serve.text.token_mask import mask_tokens_
 from serve.transfer import copy_to_device, to_device
 
@@ -43,6 +44,15 @@ class Sampled:
     scored: list[int]
     """Rows that asked for log-probabilities, in the order of `scores`."""
     scores: Scores | None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A draft token and what it was drawn from."""
+
+    token_id: int
+    scores_V: torch.Tensor | None
+    """None: there was no choice."""
 
 
 @dataclass(slots=True)
@@ -72,12 +82,21 @@ class Sampler:
         is_cpu = device.type == "cpu"
         self._rows_at_once = max(1, _CPU_BLOCK // vocab_size) if is_cpu else 1 << 30
 
-    def sample(self, logits_RV: torch.Tensor, rows: Seq[Row], pending_R: torch.Tensor | None = None) -> Sampled:
+    def sample(
+        self,
+        logits_RV: torch.Tensor,
+        rows: Seq[Row],
+        pending_R: torch.Tensor | None = None,
+        *,
+        stream: Stream = Stream.TARGET,
+        proposals: Seq[Proposal | None] | None = None,
+    ) -> Sampled:
         """Choose a token for each of `rows` (all sample). `logits_RV` is float32 and stays as it is.
 
         A row with drafts comes once for every token it samples, as `Row.after` gives it.
 
         `pending_R`: each row's newest input token, needed where it is PENDING and penalties count it.
+        `proposals`: the drafts in the places of the draws, to be decided on by rejection sampling (`speculative.py`).
         """
         recipes = [self._recipe(row.job) for row in rows]
         special = [
@@ -99,6 +118,8 @@ class Sampler:
                 [rows[i] for i in block],
                 [recipes[i] for i in block],
                 None if pending_R is None else pending_R[index],
+                stream,
+                [None] * len(block) if proposals is None else [proposals[i] for i in block],
             )
             token_ids_R[index] = _argmax(scores_RV)
 
@@ -131,14 +152,35 @@ class Sampler:
         return recipe
 
     def _process(
-        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+        self,
+        scores_RV: torch.Tensor,
+        rows: Seq[Row],
+        recipes: Seq[_Recipe],
+        pending_R: torch.Tensor | None,
+        stream: Stream,
+        proposals: Seq[Proposal | None],
     ) -> torch.Tensor:
         """Scores whose largest is the row's token; overwrites `scores_RV`."""
         scores_RV = self._shape(scores_RV, rows, recipes, pending_R)
         drawn = [i for i, recipe in enumerate(recipes) if not recipe.params.is_greedy]
-        keys = [row_key(recipes[i].params.seed, rows[i].sample_position) for i in drawn]
+        for i in drawn:
+            if (proposal := proposals[i]) is not None:
+                self._decide_(scores_RV[i : i + 1], rows[i], proposal)
+        keys = [
+            row_key(recipes[i].params.seed, rows[i].sample_position, stream if proposals[i] is None else Stream.RECOVER)
+            for i in drawn
+        ]
         _on_rows_(scores_RV, drawn, lambda part: self._noise.perturb_(part, keys))
         return scores_RV
+
+    def _decide_(self, scores_1V: torch.Tensor, row: Row, proposal: Proposal) -> None:
+        uniform_1 = uniform(row.job.sampling.seed, row.sample_position, Stream.ACCEPT)
+        reject_(
+            scores_1V,
+            to_device([proposal.token_id], self._device),
+            None if proposal.scores_V is None else proposal.scores_V[None],
+            to_device([uniform_1], self._device, torch.float64),
+        )
 
     def _shape(
         self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
