@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from serve.options import ModelOptions
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
 from serve.text.cache_size import CacheSize, choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
+from serve.text.grammar_compiler import GrammarCompiler
+from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
 from serve.text.load_progress import LoadProgress
 from serve.text.runner import TokenRunner
@@ -53,11 +56,14 @@ def build_text(
 
     `folder`: where the model's files are, when that is known already.
     """
+    folder = folder or find_model(options, "text")[0]
     engine, card = build_engine(
         options, folder, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
     )
     engine.start()
-    return TextBackend(engine, card)
+    assert isinstance(engine.scheduler, TokenScheduler)
+    vocabulary = partial(load_vocabulary, folder, card.vocab_size, engine.scheduler.eos_token_ids)
+    return TextBackend(engine, card, GrammarCompiler(vocabulary))
 
 
 def build_engine(
