@@ -67,8 +67,6 @@ def reading(
             if end.rstrip().endswith(reasoning.START):
                 behind += tokenizer.encode_controls(f"\n{reasoning.END}\n\n")
             stage = Stage.ANSWER
-    if use is not None and use.lead:
-        behind += tokenizer.encode_controls(use.lead)
     if use is None and stage in (None, Stage.ANSWER):
         return None, behind
     markers = [*(use.format.markers if use else ()), *((reasoning.START, reasoning.END) if stage else ())]

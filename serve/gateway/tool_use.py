@@ -23,8 +23,6 @@ class ToolUse:
     choice: ToolChoice
     format: CallFormat
     """How calls are written: the model's own way, or another one that a grammar makes it take."""
-    lead: str = ""
-    """Put behind the prompt when a call is forced."""
     is_single: bool = False
     """The answer ends with its first call."""
     short_ids: bool = False
@@ -103,12 +101,7 @@ def tool_use(body: Any, card: ModelCard, tokenizer: Tokenizer) -> ToolUse | None
         is_single=body.parallel_tool_calls is False,
         short_ids=written.short_ids,
     )
-    if not own.is_forced:
-        return own
-    # A grammar writes text, and no special tokens: those go behind the prompt.
-    is_text = bool(written.trigger) and not tokenizer.special_ids([written.trigger])
-    lead = written.lead if tokenizer.special_ids([written.lead]) else ""
-    return replace(own, format=written if is_text else LIST, lead=lead)
+    return replace(own, format=LIST) if own.is_forced and not written.trigger else own
 
 
 def _choice(body: Any) -> ToolChoice:

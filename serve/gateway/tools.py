@@ -21,6 +21,7 @@ MAX_DESCRIPTION_CHARS = 16384
 MAX_SCHEMA_VALUES = 20_000
 """Of all tools of a request together."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -87,7 +88,7 @@ def _tool(value: Any, index: int) -> Tool:
     parameters = function.get("parameters")
     _check_schema({} if parameters is None else parameters, need)
     definition = {**value, "function": {key: item for key, item in function.items() if key != "strict"}}
-    return Tool(name, definition, parameters or {"type": "object", "properties": {}}, bool(is_strict))
+    return Tool(name, definition, _NO_ARGUMENTS if parameters is None else parameters, bool(is_strict))
 
 
 def _need_known(value: dict[str, Any], known: set[str], need: Callable[[bool, str], None], where: str) -> None:

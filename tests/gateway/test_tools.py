@@ -336,7 +336,8 @@ def test_a_required_call_is_held_to_the_tools_by_a_grammar():
     held = tag(backend)
     assert held["at_least_one"] and not held["stop_after_first"] and held["triggers"] == ["<tool_call>"]
     weather, now = held["structures"]
-    assert weather["schema"] == WEATHER["function"]["parameters"] and now["schema"]["type"] == "object"
+    assert weather["schema"] == WEATHER["function"]["parameters"]
+    assert now["schema"]["additionalProperties"] is False, "who has no parameters has no arguments"
     assert weather["begin"] == '<tool_call>\n{"name": "get_weather", "arguments": '
     assert weather["end"] == "}\n</tool_call>"
 
@@ -361,15 +362,29 @@ def test_free_calls_are_held_to_the_schema_of_strict_tools_only():
     assert [part["schema"] for part in held["structures"]] == [strict["function"]["parameters"], {"type": "object"}]
 
 
-def test_a_call_is_forced_as_a_list_where_a_grammar_cannot_write_the_models_own_format():
+def test_a_call_is_forced_as_a_list_where_no_grammar_writes_the_models_own_format():
     text = '[{"name": "get_weather", "arguments": {"city": "Bern"}}]'
-    backend = says(text, MISTRAL_TEMPLATE)
+    backend = says(text, card={"tool_call_parser": "pythonic"})
     message = ask(backend, tool_choice="required").json()["choices"][0]["message"]
     assert message["content"] is None and message["tool_calls"][0]["function"]["arguments"] == '{"city": "Bern"}'
-    assert len(message["tool_calls"][0]["id"]) == 9
     assert tag(backend)["structures"][0]["begin"] == '[{"name": "get_weather", "arguments": '
-    prompt = tokenizer().decode(backend.requests[0].prompt_token_ids, skip_special_tokens=False)
-    assert prompt.endswith("[TOOL_CALLS]")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (MISTRAL_TEMPLATE, '[TOOL_CALLS][{"name": "now", "arguments": {}}]'),
+        (MISTRAL_TEMPLATE + "{# [ARGS] #}", "[TOOL_CALLS]now[ARGS]{}"),
+        (LLAMA_TEMPLATE, '{"name": "now", "parameters": {}}'),
+        (TOOL_TEMPLATE, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'),
+    ],
+)
+def test_what_a_grammar_writes_is_what_the_parser_reads(template, text):
+    backend = says(text, template)
+    assert ask(backend, tool_choice="required").json()["choices"][0]["finish_reason"] == "tool_calls"
+    held = tag(backend)
+    structure = held["structures"][1]
+    assert structure["begin"] + "{}" + structure["end"] == text and structure["begin"].startswith(*held["triggers"])
 
 
 THOUGHT = "<think>\nLet me see.\n</think>\n\nIt is sunny."

@@ -5,9 +5,8 @@ Names are vLLM's. A format also says how a call is forced: what stands before an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.gateway.parsing import hermes, mistral, pythonic, reasoning
 from serve.gateway.parsing.calls import CallParser, Section
@@ -36,11 +35,9 @@ class CallFormat:
     """A section also begins at the start of the answer when that is this character."""
     before: str = ""
     after: str = ""
-    """Around the arguments when a grammar writes the call; NAME stands for the tool's name in quotes."""
+    """Around the arguments when a grammar writes the call; NAME stands for the tool's name."""
     trigger: str = ""
     """How every such call begins. Empty: no grammar can write this format."""
-    lead: str = ""
-    """Its marker, where that is a special token: put behind the prompt when a call is forced."""
     short_ids: bool = False
     """Templates of its models take ids of nine letters and digits only."""
 
@@ -50,7 +47,7 @@ class CallFormat:
 
     def around(self, name: str) -> tuple[str, str]:
         """What a grammar writes before and after the arguments of a call of `name`."""
-        return self.before.replace("NAME", json.dumps(name)), self.after
+        return self.before.replace("NAME", name), self.after
 
 
 def _list_section(names: Collection[str], spellings: Spellings) -> Section:
@@ -61,11 +58,11 @@ LIST = CallFormat(
     name="list",
     section=_list_section,
     opener="[",
-    before='[{"name": NAME, "arguments": ',
+    before='[{"name": "NAME", "arguments": ',
     after="}]",
-    trigger='[{"name": ',
+    trigger='[{"name": "',
 )
-"""Of calls forced on models whose own format a grammar cannot write."""
+"""Of calls forced on models whose own format no grammar can write."""
 
 FORMATS = {
     "hermes": CallFormat(
@@ -73,7 +70,7 @@ FORMATS = {
         section=lambda names, spellings: HermesSection(names, spellings(hermes.END)),
         openings=(hermes.START,),
         others=(hermes.END,),
-        before='<tool_call>\n{"name": NAME, "arguments": ',
+        before='<tool_call>\n{"name": "NAME", "arguments": ',
         after="}\n</tool_call>",
         trigger="<tool_call>",
     ),
@@ -82,7 +79,7 @@ FORMATS = {
         section=lambda names, _: JsonSection(names, is_list=False),
         openings=(PYTHON_TAG,),
         opener="{",
-        before='{"name": NAME, "parameters": ',
+        before='{"name": "NAME", "parameters": ',
         after="}",
         trigger='{"name": "',
     ),
@@ -98,10 +95,14 @@ FORMATS = {
         section=MistralSection,
         openings=(mistral.START,),
         others=(mistral.ARGS, mistral.CALL_ID),
-        lead=mistral.START,
+        before='[TOOL_CALLS][{"name": "NAME", "arguments": ',
+        after="}]",
+        trigger=mistral.START,
         short_ids=True,
     ),
 }
+_NAMED = replace(FORMATS["mistral"], before="[TOOL_CALLS]NAME[ARGS]", after="")
+"""As newer templates of Mistral's have it."""
 ALIASES = {"llama4_json": "llama3_json", "llama4_pythonic": "pythonic"}
 """Other names of vLLM's for the same."""
 
@@ -111,7 +112,7 @@ def call_format(name: str, template: str) -> CallFormat | None:
     if name != "auto":
         return FORMATS.get(ALIASES.get(name, name))
     if mistral.START in template:
-        return FORMATS["mistral"]
+        return _NAMED if mistral.ARGS in template else FORMATS["mistral"]
     if hermes.START in template:
         # Others write something else than JSON between the same tags: Qwen3-Coder tags, GLM pairs.
         is_json = "<function=" not in template and "<arg_key>" not in template
