@@ -15,6 +15,7 @@ from serve.gateway.parsing.events import Parsed, Reasoning
 from serve.gateway.planning import Asked
 from serve.gateway.prompts import Prompt, chat_prompt, encode_chat
 from serve.gateway.reading import reading
+from serve.gateway.structured import constraint
 from serve.gateway.text_generation import TextGeneration
 from serve.gateway.text_wire import Envelope
 from serve.gateway.tool_use import tool_use
@@ -28,20 +29,21 @@ async def ask(body: Any, card: ModelCard, tokenizer: Tokenizer) -> tuple[tuple[P
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     use = tool_use(body, card, tokenizer)
+    grammar = constraint(body, tools=None if use is None else "tools")
     ids = await encode_chat(body, tokenizer, use.tools if use else None)
     read, behind = reading(
         card,
         tokenizer,
         use,
         ids,
-        is_held=use is not None and use.is_forced,
+        is_held=grammar is not None or (use is not None and use.is_forced),
         hides_special=body.skip_special_tokens is not False,
     )
     asked = Asked(
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        grammar=None if use is None else use.grammar(),
+        grammar=grammar if use is None else use.grammar(),
         reading=read,
     )
     return (chat_prompt([*ids, *behind], body, card),), asked

@@ -8,6 +8,7 @@ from serve.events import TokenLogprobs
 from serve.gateway.choices import Piece
 from serve.gateway.planning import Asked
 from serve.gateway.prompts import Prompt, completion_prompts
+from serve.gateway.structured import constraint
 from serve.gateway.text_generation import TextGeneration
 from serve.gateway.text_wire import Envelope
 from serve.gateway.usage import Logprobs, TextOffsets, usage
@@ -23,7 +24,12 @@ async def ask(body: Any, card: ModelCard, tokenizer: Tokenizer) -> tuple[tuple[P
     scored = body.prompt_logprobs
     if scored is None and body.echo:
         scored = body.logprobs
-    asked = Asked(default_max_tokens=DEFAULT_MAX_TOKENS, logprobs=body.logprobs, prompt_logprobs=scored)
+    asked = Asked(
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        logprobs=body.logprobs,
+        prompt_logprobs=scored,
+        grammar=constraint(body),
+    )
     return await completion_prompts(body, card, tokenizer), asked
 
 

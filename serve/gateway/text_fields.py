@@ -11,6 +11,7 @@ from functools import partial
 from serve.gateway import values as v
 from serve.gateway.field import CHAT, COMPLETIONS, accepted, honoured, refused
 from serve.gateway.messages import Messages
+from serve.gateway.structured import ResponseFormat, StructuredOutputs
 from serve.gateway.tools import MAX_TOOLS, Choice, Tools
 
 _BOTH = (CHAT, COMPLETIONS)
@@ -19,9 +20,18 @@ _accepted = partial(accepted, on=_BOTH)
 _refused = partial(refused, on=_BOTH)
 
 _FUNCTIONS = "it is the older form of tools; use tools and tool_choice"
-_JSON = "constrained output is not supported"
+_RESPONSE_FORMAT = (
+    "text; json_object; json_schema, always enforced, whatever strict says; structural_tag as in vLLM. A JSON Schema "
+    "keyword that cannot be enforced is refused. Answers begin with the JSON: there is no reasoning before it."
+)
 _MEDIA = "only text goes in and out"
 _RESULT_ONLY = "not part of the answers here"
+
+
+def _moved(name: str) -> str:
+    """The remedy for a field that vLLM 0.12 removed."""
+    return f"use structured_outputs with {name}"
+
 
 TEXT_FIELDS = (
     # What to continue
@@ -41,8 +51,8 @@ TEXT_FIELDS = (
         "tools",
         Tools | None,
         f"Up to {MAX_TOOLS} functions the model may call. The model's chat template must know tools. strict: a call "
-        "follows the schema in any case where the model marks calls in plain text (format hermes); in other formats "
-        "only under tool_choice required.",
+        "follows the schema in any case where the model's format has a marker (hermes, mistral); in other formats only "
+        "under tool_choice required.",
         [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}],
         on=(CHAT,),
     ),
@@ -67,6 +77,24 @@ TEXT_FIELDS = (
         "false: reasoning_content is left out of the answer; it is generated and counted all the same.",
         False,
         on=(CHAT,),
+        by="vllm",
+    ),
+    # What it must be
+    _honoured("response_format", ResponseFormat | None, _RESPONSE_FORMAT, {"type": "json_object"}, on=(CHAT,)),
+    _honoured(
+        "response_format",
+        ResponseFormat | None,
+        _RESPONSE_FORMAT,
+        {"type": "json_object"},
+        on=(COMPLETIONS,),
+        by="vllm",
+    ),
+    _honoured(
+        "structured_outputs",
+        StructuredOutputs | None,
+        "Exactly one of json (a schema), regex (the whole output), choice (a list of strings), grammar (EBNF as GBNF, "
+        "or Lark), json_object, structural_tag; with disable_any_whitespace JSON has no whitespace.",
+        {"choice": ["yes", "no"]},
         by="vllm",
     ),
     # How much
@@ -235,8 +263,6 @@ TEXT_FIELDS = (
     # Refused
     _refused("functions", _FUNCTIONS, [], on=(CHAT,)),
     _refused("function_call", _FUNCTIONS, "none", "auto", on=(CHAT,)),
-    _refused("response_format", _JSON, {"type": "text"}, on=(CHAT,)),
-    _refused("response_format", _JSON, {"type": "text"}, on=(COMPLETIONS,), by="vllm"),
     _refused("audio", _MEDIA, on=(CHAT,)),
     _refused("modalities", _MEDIA, ["text"], on=(CHAT,)),
     _refused("moderation", "there is no moderation", on=(CHAT,)),
@@ -254,14 +280,13 @@ TEXT_FIELDS = (
     _refused("logits_processors", "requests carry no code", [], by="vllm"),
     _refused("watermarking", "output is not watermarked", False, by="vllm"),
     _refused("repetition_detection", "use repetition_penalty or frequency_penalty", by="vllm"),
-    _refused("structured_outputs", _JSON, by="vllm"),
-    _refused("guided_json", _JSON, by="vllm"),
-    _refused("guided_regex", _JSON, by="vllm"),
-    _refused("guided_choice", _JSON, by="vllm"),
-    _refused("guided_grammar", _JSON, by="vllm"),
-    _refused("guided_decoding_backend", _JSON, by="vllm"),
-    _refused("guided_whitespace_pattern", _JSON, by="vllm"),
-    _refused("structural_tag", _JSON, by="vllm"),
+    _refused("guided_json", _moved("json"), by="vllm"),
+    _refused("guided_regex", _moved("regex"), by="vllm"),
+    _refused("guided_choice", _moved("choice"), by="vllm"),
+    _refused("guided_grammar", _moved("grammar"), by="vllm"),
+    _refused("guided_decoding_backend", "there is one; leave it out", by="vllm"),
+    _refused("guided_whitespace_pattern", _moved("disable_any_whitespace"), by="vllm"),
+    _refused("structural_tag", _moved("structural_tag"), by="vllm"),
     _refused("thinking_token_budget", "reasoning ends where the model ends it; use max_tokens", -1, by="vllm"),
     _refused("chat_template", "templates come from the model only", on=(CHAT,), by="vllm"),
     _refused("add_special_tokens", "the chat template writes them", False, on=(CHAT,), by="vllm"),
