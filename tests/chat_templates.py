@@ -269,7 +269,109 @@ none
 {% endfor %}
 """
 
+HERMES = r"""{{- bos_token }}
+{%- if tools is iterable and tools | length > 0 %}
+    {{- "<|im_start|>system\nCall functions with these signatures: <tools> " }}
+    {%- for tool in tools %}
+        {%- set tool = tool.function %}
+        {{- '{"name": "' + tool.name + '", "description": "' + tool.description + '", "parameters": ' }}
+        {{- tool.parameters | tojson }}
+        {{- "}" if loop.last else "}\n" }}
+    {%- endfor %}
+    {{- " </tools>\nFor each call return JSON within tags:\n<tool_call>\n" }}
+    {{- '{"name": <function-name>, "arguments": <args-dict>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" and message.tool_calls is defined %}
+        {{- '<|im_start|>' + message.role }}
+        {%- for tool_call in message.tool_calls %}
+            {%- set tool_call = tool_call.function %}
+            {{- '\n<tool_call>\n{"arguments": ' + tool_call.arguments | tojson + ', "name": "' + tool_call.name + '"}' }}
+            {{- '\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if message.name is not defined %}
+            {{- raise_exception("Tool messages are not supported without the function's name") }}
+        {%- endif %}
+        {{- '<|im_start|>tool\n<tool_response>\n{"name": "' + message.name + '", "content": ' }}
+        {{- message.content | tojson + '}\n</tool_response><|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+"""In the shape of Hermes 2 Pro's."""
+
+PYTHONIC = r"""{{- bos_token }}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{%- if tools is defined and tools is not none %}
+    {{- "Environment: ipython\nCall functions with a list, as Python writes calls: " }}
+    {{- "[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]\n\n" }}
+    {%- for t in tools %}
+        {{- t | tojson(indent=4) + "\n\n" }}
+    {%- endfor %}
+{%- endif %}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if 'tool_calls' in message %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n[' -}}
+        {%- for tool_call in message.tool_calls %}
+            {{- tool_call.function.name + '(' -}}
+            {%- for param in tool_call.function.arguments %}
+                {{- param + '=' + "%s" | format(tool_call.function.arguments[param]) + (', ' if not loop.last else '') -}}
+            {%- endfor %}
+            {{- ')' + (', ' if not loop.last else '') -}}
+        {%- endfor %}
+        {{- ']<|eot_id|>' -}}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\n\n" + {"output": message.content} | tojson + "<|eot_id|>" }}
+    {%- else %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+"""In the shape of Llama 3.2's for calls as Python writes them."""
+
+MISTRAL_TOOLS = r"""{{- bos_token }}
+{%- set user_messages = messages | selectattr("role", "equalto", "user") | list %}
+{%- for message in messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and message == user_messages[-1] %}
+            {{- "[AVAILABLE_TOOLS]" + tools | tojson + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {{- "[INST]" + message["content"] + "[/INST]" }}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+        {{- "[TOOL_CALLS][" }}
+        {%- for tool_call in message.tool_calls %}
+            {{- (tool_call.function | tojson)[:-1] }}
+            {%- if tool_call.id | length != 9 %}
+                {{- raise_exception("Tool call ids are not supported unless they have nine letters and digits") }}
+            {%- endif %}
+            {{- ', "id": "' + tool_call.id + '"}' + (", " if not loop.last else "]" + eos_token) }}
+        {%- endfor %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"] + eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {{- '[TOOL_RESULTS]{"content": ' + message.content | string + ', "call_id": "' + message.tool_call_id + '"}' }}
+        {{- "[/TOOL_RESULTS]" }}
+    {%- else %}
+        {{- raise_exception("Only user, assistant and tool roles are supported") }}
+    {%- endif %}
+{%- endfor %}
+"""
+"""In the shape of Mistral's of version 3."""
+
 TEMPLATES = {
+    "hermes": ("qwen", HERMES),
+    "pythonic": ("llama3", PYTHONIC),
+    "mistral-tools": ("mistral", MISTRAL_TOOLS),
     "chatml": ("qwen", CHATML),
     "qwen2.5": ("qwen", QWEN2_5),
     "qwen3": ("qwen", QWEN3),

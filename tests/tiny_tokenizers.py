@@ -93,7 +93,7 @@ def _llama2_legacy() -> tuple[Tokenizer, dict[str, Any]]:
 def _mistral() -> tuple[Tokenizer, dict[str, Any]]:
     """As Llama 2, but transformers reads its tokenizer.json as it is; control tokens of its own."""
     tokenizer, config = _llama2()
-    tokenizer.add_special_tokens(["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"])
+    tokenizer.add_special_tokens(["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]"])
     return tokenizer, {**config, "model_type": "mistral"}
 
 

@@ -177,20 +177,22 @@ class Message(BaseModel):
         return len(self.content or "") + len(self.reasoning or self.reasoning_content or "") + called
 
 
-def _answers_calls(messages: list[Message]) -> list[Message]:
-    """Tools answer the calls of the assistant's message before them, each once."""
-    pending: set[str] = set()
+def _answer_calls(messages: list[Message]) -> list[Message]:
+    """Tools answer the calls of the assistant's message before them, each once. An answer gets its function's name:
+    some templates (Hermes) ask for it, and OpenAI's clients do not send it."""
+    pending: dict[str, str] = {}
     for index, message in enumerate(messages):
-        if message.role != "tool":
-            pending = {call.id for call in message.tool_calls or ()}
+        if message.tool_call_id is None:
+            pending = {call.id: call.function.name for call in message.tool_calls or ()}
         elif message.tool_call_id not in pending:
             raise wrong(
                 f"entry {index}.tool_call_id names no unanswered call of the assistant's message before it; send that "
                 "message with its tool_calls, and one answer to each"
             )
         else:
-            pending.discard(message.tool_call_id)
+            name = pending.pop(message.tool_call_id)
+            message.name = message.name or name
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_answers_calls)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_answer_calls)]

@@ -192,6 +192,13 @@ def test_calls_and_their_answers_go_back_to_the_model():
     assert "<|im_start|>tool\nsunny<|im_end|>" in prompt
 
 
+def test_an_answer_carries_the_name_of_the_function_that_was_called():
+    """Some templates ask for it, and OpenAI's clients do not send it."""
+    backend = says("x", TOOL_TEMPLATE + "{% for m in messages if m.role == 'tool' %}{{ m.name }} {% endfor %}")
+    ask(backend, messages=CONVERSATION)
+    assert tokenizer().decode(backend.requests[0].prompt_token_ids).endswith("now get_weather ")
+
+
 def made(**changes) -> dict:
     function = {"name": "now", "arguments": "{}", **changes.pop("function", {})}
     return {"id": "a", "type": "function", "function": function, **changes}

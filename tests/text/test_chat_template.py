@@ -14,6 +14,7 @@ from tiny_tokenizers import tokenizer_folder
 from transformers import AutoTokenizer
 
 from serve.errors import ConfigError, InvalidRequest
+from serve.gateway.parsing.formats import call_format, reasoning_format
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 
 TOOLS = [
@@ -40,6 +41,19 @@ WITH_TOOLS = [
     {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
     {"role": "user", "content": "thanks"},
 ]
+TWO_CALLS = [
+    ONE[0],
+    {
+        "role": "assistant",
+        "content": "One moment.",
+        "tool_calls": [
+            {**CALL, "id": "abcdefgh1"},
+            {"id": "abcdefgh2", "type": "function", "function": {"name": "now", "arguments": {}}},
+        ],
+    },
+    {"role": "tool", "name": "now", "content": "noon", "tool_call_id": "abcdefgh2"},
+    {"role": "tool", "name": "get_weather", "content": "sunny & warm", "tool_call_id": "abcdefgh1"},
+]
 THOUGHTS = [ONE[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nFine."}, ONE[0]]
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "[INST]", "<end_of_turn>", "<unk>", "<bos>")
 
@@ -65,7 +79,7 @@ def user(content: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-@pytest.mark.parametrize("messages", [ONE, TURNS, SYSTEM, WITH_TOOLS, THOUGHTS], ids=range(5))
+@pytest.mark.parametrize("messages", [ONE, TURNS, SYSTEM, WITH_TOOLS, THOUGHTS, TWO_CALLS], ids=range(6))
 @pytest.mark.parametrize("options", [{}, {"tools": TOOLS}, {"add_generation_prompt": False}], ids=str)
 def test_prompts_equal_transformers(pair, messages, options):
     ours, theirs = pair
@@ -74,7 +88,7 @@ def test_prompts_equal_transformers(pair, messages, options):
         expected = theirs.apply_chat_template(messages, **options)["input_ids"]
     except Exception as error:  # a template may refuse a conversation; then so do we, in its words
         with pytest.raises(
-            InvalidRequest, match=r"alternate|not supported|Only user|undefined|NoneType|None|object"
+            InvalidRequest, match=r"alternate|only supports|not supported|Only user|undefined|NoneType|None|object"
         ) as it:
             ours.encode_chat(messages, **options)
         assert str(error).split("'")[0] in str(it.value)
@@ -207,6 +221,40 @@ def test_tool_arguments_as_json_text_are_given_as_an_object(tmp_path):
     as_text = {**CALL, "function": {**CALL["function"], "arguments": '{"city": "Zürich"}'}}
     prompts = [tokenizer.encode_chat([*ONE, {"role": "assistant", "tool_calls": [call]}]) for call in (CALL, as_text)]
     assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "shows", "calls", "reasons"),
+    [
+        ("hermes", True, "hermes", None),
+        ("qwen2.5", True, "hermes", None),
+        ("qwen3", False, None, "qwen3"),
+        ("llama3", True, "llama3_json", None),
+        ("pythonic", True, "pythonic", None),
+        ("mistral-tools", True, "mistral", None),
+        ("chatml", False, None, None),
+        ("llama2", False, None, None),
+        ("gemma", False, None, None),
+    ],
+)
+def test_a_template_tells_whether_it_shows_tools_and_how_calls_are_written(tmp_path, name, shows, calls, reasons):
+    kind, source = TEMPLATES[name]
+    tokenizer = make(tmp_path, source, kind)
+    assert tokenizer.shows_tools == shows
+    found = call_format("auto", tokenizer.chat_template)
+    assert (found.name if found else None) == calls
+    assert reasoning_format("auto", tokenizer.chat_template) == reasons
+
+
+def test_calls_in_other_words_between_the_same_tags_are_not_taken_for_json():
+    assert call_format("auto", "<tool_call>\n<function=name>\n<parameter=key>") is None
+    assert call_format("auto", "<tool_call>name\n<arg_key>key</arg_key>") is None
+
+
+def test_a_template_that_drops_what_tools_answered_is_noticed(tmp_path):
+    """Qwen3's here has no branch for tools; Qwen2.5's has; Gemma's refuses the role by itself."""
+    dropped = {name: make(tmp_path / name, *reversed(TEMPLATES[name])).drops_tool_answers for name in TEMPLATES}
+    assert {name for name, drops in dropped.items() if drops} == {"qwen3", "loose"}
 
 
 @pytest.mark.parametrize(
