@@ -18,12 +18,13 @@ import time
 import types
 import typing
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from models.source import SourceError, local_kind
 from serve.application import Application
-from serve.config import load_config
+from serve.config import load_config, parse_value
 from serve.errors import ConfigError, TandemError
 from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions, ServeOptions
@@ -228,6 +229,8 @@ def _add_flag(group: Any, options: type, spec: dataclasses.Field[Any]) -> None:
         keywords["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is typing.Literal:
         keywords["choices"] = typing.get_args(kind)
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        keywords.update(type=partial(parse_value, kind, _flag(spec.name)), metavar="JSON")
     elif typing.get_origin(kind) is tuple:
         keywords.update(nargs="+", metavar="NAME")
     else:

@@ -20,13 +20,15 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from serve.errors import ConfigError
 from serve.options import ServeOptions
+
+T = TypeVar("T")
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -72,6 +74,15 @@ def parse_config(data: Any, *, origin: str = "config") -> ServeOptions:
         raise ConfigError(f"{origin}: {error}; use plain strings, numbers, lists and mappings") from None
 
 
+def parse_value(cls: type[T], origin: str, text: str) -> T:
+    """One option that has keys of its own, from JSON (a flag's value). Raises ConfigError."""
+    try:
+        return TypeAdapter(cls).validate_json(text)
+    except ValidationError as error:
+        told = "; ".join(_describe(detail, cls) for detail in error.errors())
+        raise ConfigError(f"{origin}: {told}", param=origin.lstrip("-").replace("-", "_")) from None
+
+
 _ADAPTER = TypeAdapter(ServeOptions)
 
 
@@ -91,11 +102,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _describe(detail: Any) -> str:
+def _describe(detail: Any, root: type = ServeOptions) -> str:
     """One pydantic error as `path: what is wrong with the value; what to do`."""
     path, kind, value = _path(detail["loc"]), detail["type"], detail["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(detail["loc"][:-1])
+        known = _known_keys(detail["loc"][:-1], root)
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
         return f"{path}: unknown key; {remedy}"
@@ -103,11 +114,14 @@ def _describe(detail: Any) -> str:
         return f"{path}: is required; add it"
     if kind == "value_error":
         problem = str(detail["ctx"]["error"])
-        names_a_key = problem.split(" ", 1)[0] in _known_keys(detail["loc"])
+        names_a_key = problem.split(" ", 1)[0] in _known_keys(detail["loc"], root)
         return problem if not path else f"{path}.{problem}" if names_a_key else f"{path}: {problem}"
     if kind == "literal_error":
         return f"{path}: {value!r} is not one of {detail['ctx']['expected']}"
-    return f"{path}: {_shown(value)} is not {_EXPECTED.get(kind, detail['msg'])}"
+    if kind == "json_invalid":
+        return f'{_shown(value)} is not JSON ({detail["ctx"]["error"]}); write it as {{"key": value}}, in single quotes'
+    told = f"{_shown(value)} is not {_EXPECTED.get(kind, detail['msg'])}"
+    return f"{path}: {told}" if path else told
 
 
 def _path(loc: tuple[Any, ...]) -> str:
@@ -119,9 +133,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+def _known_keys(loc: tuple[Any, ...], root: type) -> list[str]:
     """The keys that are possible at a path: follow it through the dataclasses."""
-    cls: Any = ServeOptions
+    cls: Any = root
     for part in loc:
         if isinstance(part, int):
             continue

@@ -80,7 +80,8 @@ class ImageReady:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one choice, the end token included. `cached_tokens` of the prompt were found in the prefix cache.
+    """Tokens of one choice, the end token included. `cached_tokens` of the prompt were found in the prefix cache;
+    `accepted_tokens` of the completion were drafts (speculation), and `rejected_tokens` more were drafted in vain.
 
     Of an image: the prompt's text tokens, and the latent tokens (patches) that its transformer sees in one row.
     """
@@ -88,6 +89,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Finished:
     text, so it comes here and not in a delta."""
     stop_logprobs: TokenLogprobs | None = None
     """Of that token, when asked for: clients that score answers count on one entry a sampled token."""
+    score: float | None = None
+    """Of a beam's output: its sum of log-probabilities over length ** length_penalty."""
 
 
 Event = TokenDelta | PromptScored | Finished | DenoiseProgress | ImagePreview | ImageReady

@@ -50,6 +50,9 @@ CARD: Labels = dict.fromkeys(
     ("model", "kind", "device", "dtype", "parameters", "max_model_len", "kv_cache_tokens", "threads")
 )
 
+POSITIONS = tuple(str(position) for position in range(1, 17))
+"""Of a draft behind its row's known tokens; as many as `num_speculative_tokens` may be."""
+
 LATENCY_S = tuple(float(f"{0.0005 * 10 ** (step / 4):.2g}") for step in range(25))
 """0.5 ms to 500 s, four a decade: small models answer in milliseconds, where vLLM's and SGLang's buckets are blind."""
 TOKENS = tuple(float(2**power) for power in range(21))
@@ -156,6 +159,18 @@ METRICS: dict[str, Metric] = {
         _replica("tandem_prefix_cache_queries_tokens_total", "counter", "Prompt tokens looked up."),
         _replica("tandem_prefix_cache_hits_tokens_total", "counter", "Prompt tokens found, so not computed again."),
         _replica("tandem_preemptions_total", "counter", "Running jobs put back to wait because memory ran out."),
+        _replica("tandem_speculation_drafted_tokens_total", "counter", "Draft tokens that were verified."),
+        _replica("tandem_speculation_accepted_tokens_total", "counter", "Draft tokens that held."),
+        _replica(
+            "tandem_speculation_accepted_at_position_tokens_total", "counter",
+            "Draft tokens that held, by their place among a step's drafts.",
+            labels={"model": None, "position": POSITIONS},
+        ),
+        _replica(
+            "tandem_speculation_mean_accepted_tokens", "gauge",
+            "Tokens that a row with drafts gave, its own one included, since the start.",
+        ),
+        _replica("tandem_speculation_draft_tokens", "gauge", "Drafts a row of the last step; 0 where they do not pay."),
         _replica("tandem_model_info", "gauge", "1; what a replica serves, in its labels.", labels=CARD),
         Metric("tandem_replicas", "gauge", ("hub",), MODEL, "Replicas that are registered and reachable."),
         _process("tandem_process_info", "1; what a process is.", {"role": ("gateway", "replica", "hub"), "pid": None}),
@@ -307,9 +322,9 @@ class EngineObserver:
             reason: recorder.cell("tandem_jobs_total", model=model, reason=reason.value) for reason in FinishReason
         }
 
-    def follow(self, name: str, read: Callable[[], float]) -> None:
+    def follow(self, name: str, read: Callable[[], float], **labels: str) -> None:
         """Take the metric `name` of this model from `read` (a scheduler's running total, say)."""
-        self._recorder.follow(name, read, model=self._model)
+        self._recorder.follow(name, read, model=self._model, **labels)
 
     def on_step(self, stats: StepStats) -> None:
         self._step_seconds.observe(stats.duration_s)

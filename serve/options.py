@@ -45,6 +45,38 @@ def check_kind(options: Any, kind: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculativeOptions:
+    """Drafts that the model verifies: several tokens a step where they hold. Changes no output, only the speed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    method: Literal["draft_model", "ngram"] = "draft_model"
+    """ngram: what followed the newest tokens where they stood before in the same sequence; needs no model."""
+    model: str | None = None
+    """The draft model, of the same vocabulary: folder, hub id or embedded name."""
+    num_speculative_tokens: int = bounded(5, least=0, most=16)
+    """Drafts a step at most; how many it takes, down to none, follows what was measured. 0: no speculation."""
+    prompt_lookup_max: int = bounded(4, least=1, most=32)
+    """Longest n-gram looked up, tried first."""
+    prompt_lookup_min: int = bounded(2, least=1, most=32)
+    rejection_sample_method: Literal["coupled", "standard"] = "coupled"
+    """coupled: the same tokens as without speculation. standard: rejection sampling (Leviathan et al.), the same
+    distribution only, but a draft model's drafts hold more often when sampling."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.method == "draft_model" and self.model is None and self.num_speculative_tokens:
+            raise ValueError("model is missing; name the draft model, or say method ngram, which needs none")
+        if self.method == "ngram" and self.model is not None:
+            raise ValueError(f"model is {self.model!r}, but method ngram needs none; leave one of them out")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}, above prompt_lookup_max ({self.prompt_lookup_max}); "
+                f"lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """One model and how its replicas compute it."""
 
@@ -94,6 +126,9 @@ class ModelOptions:
     `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory."""
     enforce_eager: bool = only_for("text", False)
     """No CUDA graphs."""
+    speculative_config: SpeculativeOptions | None = field(default=None, metadata={"only": "text"})
+    """Speculative decoding, as {"model": ..., "num_speculative_tokens": ...} or {"method": "ngram", ...}. None: only
+    `tandem-text` speculates, with `tandem-text-draft`; {"num_speculative_tokens": 0} turns that off."""
     chat_template: str | None = only_for("text", None)
     """File with a Jinja template that replaces the model's own."""
     tool_call_parser: Literal[

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from serve.backend import Backend
@@ -22,6 +23,7 @@ from serve.metrics import EngineObserver, Recorder
 from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.request import ModelCard
+from serve.text.draft_length import AdaptiveLength
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,23 @@ def _build_text(
     observer.follow("tandem_prefix_cache_queries_tokens_total", lambda: scheduler.num_prefix_query_tokens)
     observer.follow("tandem_prefix_cache_hits_tokens_total", lambda: scheduler.num_prefix_hit_tokens)
     observer.follow("tandem_kv_cache_usage_ratio", lambda: backend.load().memory)
+    if isinstance(scheduler.draft_length, AdaptiveLength):
+        _follow_speculation(observer, scheduler.draft_length)
     return Served(backend, bundle.files)
+
+
+def _follow_speculation(observer: EngineObserver, length: AdaptiveLength) -> None:
+    acceptance = length.acceptance
+    observer.follow("tandem_speculation_drafted_tokens_total", lambda: acceptance.num_drafted)
+    observer.follow("tandem_speculation_accepted_tokens_total", lambda: acceptance.num_accepted)
+    observer.follow("tandem_speculation_mean_accepted_tokens", lambda: acceptance.mean_length)
+    observer.follow("tandem_speculation_draft_tokens", lambda: length.current)
+    for place in range(length.most):
+        observer.follow(
+            "tandem_speculation_accepted_at_position_tokens_total",
+            partial(acceptance.by_position.__getitem__, place),
+            position=str(place + 1),
+        )
 
 
 def _build_image(

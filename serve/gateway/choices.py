@@ -53,6 +53,8 @@ class Choice:
         self.index = index
         self.num_tokens = 0
         self.num_cached = 0
+        self.num_accepted = self.num_rejected = 0
+        """Drafts; told with the end, so unknown of a choice that a stop string ended."""
         self.num_reasoning = 0
         """Tokens of reasoning, its tags included."""
         self.is_finished = False
@@ -96,13 +98,15 @@ class Choice:
         """The last piece: text held back, the end token, and why it ended. None when a stop string had ended it before.
 
         The end token is counted and scored like any other, but it is text only when stops are to be included."""
-        self.num_cached = finished.usage.cached_tokens
+        used = finished.usage
+        self.num_cached = used.cached_tokens
+        self.num_accepted, self.num_rejected = used.accepted_tokens, used.rejected_tokens
         if self.is_finished:
             return None
         self.is_finished = True
         if self._options.discard:
             return Piece(self.index, "", finish_reason="length")
-        self.num_tokens = finished.usage.completion_tokens
+        self.num_tokens = used.completion_tokens
         end = () if finished.stop_token_id is None else (finished.stop_token_id,)
         shown = self._detokenizer.push(end) if self._options.include_stop else ""
         text, stop = self._matcher.push(shown + self._detokenizer.finish())

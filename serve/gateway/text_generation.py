@@ -41,6 +41,9 @@ class Tokens:
     cached: int = 0
     reasoning: int = 0
     """Of the completion."""
+    accepted: int = 0
+    rejected: int = 0
+    """Draft tokens (speculation): those that became output, and those that did not."""
 
 
 class TextGeneration:
@@ -86,6 +89,8 @@ class TextGeneration:
         for part in self._parts:
             used.completion += sum(choice.num_tokens for choice in part.choices)
             used.reasoning += sum(choice.num_reasoning for choice in part.choices)
+            used.accepted += sum(choice.num_accepted for choice in part.choices)
+            used.rejected += sum(choice.num_rejected for choice in part.choices)
             if part.prompt_index not in counted:
                 counted.add(part.prompt_index)
                 used.prompt += len(part.request.prompt_token_ids)

@@ -26,8 +26,8 @@ def usage(tokens: Tokens) -> dict[str, Any]:
         "completion_tokens_details": {
             "reasoning_tokens": tokens.reasoning,
             "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": tokens.accepted,
+            "rejected_prediction_tokens": tokens.rejected,
         },
     }
 

@@ -141,5 +141,6 @@ class Choice:
         job, reason = self._stream.job, self._stream.finish_reason
         assert reason is not None
         num_sampled = job.num_output + (job.stop_token_id is not None)
-        usage = Usage(job.num_prompt, num_sampled, job.num_cached)
+        num_rejected = job.num_drafted - job.num_accepted
+        usage = Usage(job.num_prompt, num_sampled, job.num_cached, job.num_accepted, num_rejected)
         return Finished(self._index, reason, usage, job.stop_token_id, job.stop_logprobs)

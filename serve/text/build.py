@@ -24,10 +24,19 @@ from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
 from serve.model_folder import find_model
-from serve.options import ModelOptions
+from serve.options import ModelOptions, SpeculativeOptions
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
+from serve.text.build_speculation import (
+    check_draft,
+    draft_cache,
+    draft_options,
+    find_draft,
+    make_proposer,
+    speculation_of,
+)
 from serve.text.cache_size import CacheSize, choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
+from serve.text.draft_length import AdaptiveLength
 from serve.text.grammar_compiler import GrammarCompiler
 from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
@@ -85,10 +94,13 @@ def build_engine(
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here)
     keep_freed_memory()
-    model = _load(options, folder or find_model(options, "text")[0], device, progress=progress)
+    folder = folder or find_model(options, "text")[0]
+    model = _load(options, folder, device, progress=progress)
+    speculation = speculation_of(options)
+    draft = _load_draft(options, speculation, model, folder, device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
-    runner, size = _fit_runner(options, model, device, budget, num_replicas_here)
+    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here)
     scheduler = TokenScheduler(
         KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
         max_num_seqs=options.max_num_seqs,
@@ -96,6 +108,7 @@ def build_engine(
         max_model_len=size.max_model_len,
         eos_token_ids=model.spec.eos_token_ids,
         vocab_size=model.spec.vocab_size,
+        draft_length=None if speculation is None else AdaptiveLength(speculation.num_speculative_tokens),
     )
     engine: TextEngine = Engine(
         scheduler,
@@ -132,9 +145,18 @@ def build_engine(
 
 
 def _fit_runner(
-    options: ModelOptions, model: CausalLM, device: torch.device, max_num_tokens: int, num_replicas_here: int
+    options: ModelOptions,
+    model: CausalLM,
+    speculation: SpeculativeOptions | None,
+    draft: CausalLM | None,
+    device: torch.device,
+    max_num_tokens: int,
+    num_replicas_here: int,
 ) -> tuple[TokenRunner, CacheSize]:
-    """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError."""
+    """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError.
+
+    A draft model's cache is part of it: both have the same blocks.
+    """
     spec = model.spec
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
     try:
@@ -148,6 +170,9 @@ def _fit_runner(
                 free_bytes=free_memory_bytes(),
                 num_replicas_here=num_replicas_here,
             )
+        extra = None if draft is None else draft_cache(options, draft, device)
+        if extra is not None:
+            memory_bytes = memory_bytes * cache.block_bytes // (cache.block_bytes + extra.block_bytes)
         size = choose_cache_size(options, cache, max_positions=spec.max_positions, memory_bytes=memory_bytes)
         attention = make_attention("auto", cache, spec.num_heads)
         can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
@@ -159,6 +184,10 @@ def _fit_runner(
             num_blocks=size.num_blocks,
             max_model_len=size.max_model_len,
             max_rows_in_graph=options.max_num_seqs if has_graphs else 0,
+            proposer=None
+            if speculation is None
+            else make_proposer(speculation, draft, extra, num_blocks=size.num_blocks, max_num_tokens=max_num_tokens),
+            rejects=speculation is not None and speculation.rejection_sample_method == "standard",
         )
         runner.warm_up()
     except torch.OutOfMemoryError as error:
@@ -170,6 +199,25 @@ def _fit_runner(
     except DeviceFault as error:
         raise ConfigError(f"{options.model!r}: {error}", param="model") from error
     return runner, size
+
+
+def _load_draft(
+    options: ModelOptions,
+    speculation: SpeculativeOptions | None,
+    target: CausalLM,
+    folder: Path,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> CausalLM | None:
+    """The model that drafts for `target`, from `folder`; None when none does. Raises ConfigError."""
+    wanted = draft_options(options, speculation)
+    if wanted is None:
+        return None
+    draft_folder = find_draft(wanted)
+    draft = _load(wanted, draft_folder, device, progress=progress)
+    check_draft(draft, target, draft_folder, folder)
+    return draft
 
 
 def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress: bool) -> CausalLM:

@@ -29,12 +29,11 @@ FIRST_PROBES_S = 0.2
 """What probes may lose before there is any time to be a share of."""
 PROBE_STEPS = 3
 """The first of them often catches up and tells nothing of the cost."""
-PROBE_AFTER = 64
-"""Steps after which what is known of a k is tried again; doubled each time up to `PROBE_RARELY`."""
-PROBE_RARELY = 4096
+PROBE_AFTER, PROBE_RARELY = 64, 1024
+"""Steps after which what is known of a k is tried again: the first, doubled up to the second while nothing changes."""
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.8, 8
-ACCEPTANCE_WINDOW = 200
-"""Drafts over which acceptance is averaged: 3 % standard deviation."""
+ACCEPTANCE_WINDOW = 100
+"""Drafts over which acceptance is averaged: at most 5 % standard deviation."""
 COST_WINDOW = 16
 """Steps over which a cost is averaged."""
 SPREAD_OVER = 64
@@ -142,6 +141,16 @@ class _Costs:
         return known[low].value + max(slope, 0.0) * (num_drafts - low)
 
 
+@dataclass(slots=True)
+class _Probe:
+    size: int
+    """Class of the number of rows."""
+    num_drafts: int
+    num_steps_left: int
+    num_tokens: float
+    """Expected of a row when it began."""
+
+
 class AdaptiveLength:
     """A `DraftLength` up to `most`, and the counters behind the metrics."""
 
@@ -154,13 +163,12 @@ class AdaptiveLength:
         self._elapsed_s = self._lost_s = 0.0
         self._overhead_s, self._num_drafting = 0.0, float(SPREAD_OVER)
         """Spent on catching up, and the drafting rows it was for; both fade."""
-        self._probe: tuple[int, int, int] | None = None
-        """Class of rows, drafts, steps to go."""
+        self._probe: _Probe | None = None
 
     def choose(self, num_rows: int) -> int:
         size = _size_class(num_rows)
-        if self._probe is not None and self._probe[0] == size:
-            return self._probe[1]
+        if self._probe is not None and self._probe.size == size:
+            return self._probe.num_drafts
         return self._best(size, num_rows)
 
     def observe(self, batch: TokenBatch, output: TokenOutput) -> None:
@@ -178,7 +186,7 @@ class AdaptiveLength:
         size = _size_class(num_rows)
         costs = self._costs.setdefault(size, _Costs())
         costs.num_steps += 1
-        is_probe = self._probe is not None and self._probe[:2] == (size, num_asked)
+        is_probe = self._probe is not None and (self._probe.size, self._probe.num_drafts) == (size, num_asked)
         if is_probe:
             self._charge(costs, size, num_rows, num_tokens, output.seconds)
         elif num_asked:
@@ -186,7 +194,8 @@ class AdaptiveLength:
         is_whole = sum(row.num_drafts for row in batch.rows) >= 0.8 * num_asked * num_rows
         if output.is_typical and is_whole:
             costs.add(num_asked, output.seconds)
-        self._plan_probe(costs, size, num_rows, is_probe)
+        if not self._goes_on(costs, is_probe):
+            self._plan_probe(costs, size, num_rows)
 
     # -- what pays -------------------------------------------------------------------------------------------------
 
@@ -226,13 +235,21 @@ class AdaptiveLength:
         worth_s = 0.0 if per_token is None else num_tokens / num_rows * per_token
         self._lost_s += max(seconds - worth_s, 0.0)
 
-    def _plan_probe(self, costs: _Costs, size: int, num_rows: int, is_probe: bool) -> None:
-        """Go on with the probe, or begin one that is due and can be afforded."""
-        if self._probe is not None:
-            _, num_drafts, left = self._probe
-            self._probe = (size, num_drafts, left - 1) if is_probe and left > 1 else None
-            if self._probe is not None:
-                return
+    def _goes_on(self, costs: _Costs, is_probe: bool) -> bool:
+        """Whether the probe, if any, needs more steps. It ends early when the number of rows changes."""
+        probe = self._probe
+        if probe is None:
+            return False
+        probe.num_steps_left -= 1
+        if is_probe and probe.num_steps_left:
+            return True
+        if self.acceptance.num_tokens(probe.num_drafts) > 1.05 * probe.num_tokens:
+            costs.patience[probe.num_drafts] = PROBE_AFTER // 4  # the text has become easier: look again soon
+        self._probe = None
+        return False
+
+    def _plan_probe(self, costs: _Costs, size: int, num_rows: int) -> None:
+        """Begin a probe that is due and can be afforded."""
         plain = costs.seconds.get(0)
         if plain is None or plain.count < 2:
             return
@@ -246,12 +263,12 @@ class AdaptiveLength:
                 continue
             costs.patience[num_drafts] = min(2 * costs.patience.get(num_drafts, PROBE_AFTER // 2), PROBE_RARELY)
             costs.tried[num_drafts] = costs.num_steps
-            self._probe = (size, num_drafts, PROBE_STEPS)
+            self._probe = _Probe(size, num_drafts, PROBE_STEPS, self.acceptance.num_tokens(num_drafts))
             return
 
     def _is_due(self, costs: _Costs, num_drafts: int) -> bool:
         if num_drafts not in costs.tried:
-            return num_drafts in (1, self.most)  # the ends; what lies between is estimated until it is the best
+            return num_drafts in (min(2, self.most), self.most)  # the others are estimated until one is the best
         return costs.num_steps - costs.tried[num_drafts] >= costs.patience.get(num_drafts, PROBE_AFTER)
 
 
