@@ -30,6 +30,12 @@ class Found(NamedTuple):
         return cls(tokens, hypothesis.score, hypothesis.reason)
 
 
+def frozen_tokens(case: dict, found: list[Found]) -> list[list[int]]:
+    """As `group_beams.json` has them: whichever end token ended one, the first of `end_ids` stands there."""
+    ends = [case["end_ids"][0] if h.reason is FinishReason.STOP else h.tokens[-1] for h in found]
+    return [[*hypothesis.tokens[:-1], end] for hypothesis, end in zip(found, ends)]
+
+
 def searched(model: Model, params: BeamParams, end_ids: Collection[int], max_tokens: int) -> list[Found]:
     """What our search finds, told the candidates it asks for."""
     search = make_search(params, end_ids, max_tokens)

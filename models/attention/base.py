@@ -62,6 +62,10 @@ class AttentionBackend(Protocol):
         """The cache tensors, one entry per layer, in the backend's own layout."""
         ...
 
+    def copy_blocks(self, kv: list[Any], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Overwrite blocks with others, in every layer: forks of a sequence go on in their own last block."""
+        ...
+
     def plan(self, layout: TokenLayout) -> Any:
         """Host work of a step: index tensors and whatever the kernels need, the same for all layers."""
         ...

@@ -118,6 +118,10 @@ class CpuAttention:
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         return [_untouched_zeros(shape, spec.dtype) for _ in range(spec.num_layers)]
 
+    def copy_blocks(self, kv: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        for layer in kv:
+            layer[targets] = layer[sources]
+
     def plan(self, layout: TokenLayout) -> _Plan:
         size, num_heads = self._spec.block_size, self._spec.num_kv_heads
         slots_T1 = torch.tensor(layout.slots(size))[:, None]

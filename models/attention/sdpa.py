@@ -46,6 +46,11 @@ class SdpaAttention:
         shape = (2, num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
         return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.num_layers)]
 
+    def copy_blocks(self, kv: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        for layer in kv:
+            blocks = layer.view(2, -1, self._spec.block_size, *layer.shape[2:])
+            blocks[:, targets] = blocks[:, sources]
+
     def plan(self, layout: TokenLayout) -> _Plan:
         size, device = self._spec.block_size, self._spec.device
         rows = []

@@ -65,6 +65,10 @@ class TritonAttention:
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.num_layers)]
 
+    def copy_blocks(self, kv: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        for layer in kv:
+            layer[targets] = layer[sources]
+
     def plan(self, layout: TokenLayout) -> _Plan:
         size, device = self._spec.block_size, self._spec.device
         tile = max(1, _ROWS // self._num_groups)

@@ -250,6 +250,9 @@ class _Skipped:
     def attend(self, q_TNH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return q_TNH
 
+    def copy_blocks(self, kv: list[Any], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        pass
+
 
 def _attend(
     module: nn.Module,

@@ -18,6 +18,8 @@ from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.merged import merge
 from serve.request import Grammar, ModelCard, Request, TextRequest
+from serve.text.beam_choices import BeamChoices
+from serve.text.beam_group import BeamGroup
 from serve.text.grammar_compiler import Compiled, GrammarCompiler
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
@@ -51,6 +53,8 @@ class TextBackend:
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; ask for at least one choice", param="n")
         grammar = await self._compile(request.sampling.grammar)
+        if request.sampling.beams is not None:
+            return BeamChoices(self._engine.submit(self._beam_group(request, grammar)))
         choices: list[Choice] = []
         try:
             for index in range(request.n):
@@ -81,6 +85,20 @@ class TextBackend:
         if self._grammars is None:
             raise InvalidRequest(f"{grammar.param}: this model has no tokenizer here to constrain", param=grammar.param)
         return await self._grammars.compile(grammar)
+
+    def _beam_group(self, request: TextRequest, grammar: Compiled | None) -> BeamGroup:
+        return BeamGroup(
+            id=f"{request.request_id}/{next(self._serial)}",
+            priority=request.priority,
+            timeout_s=request.timeout_s,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt=len(request.prompt_token_ids),
+            sampling=request.sampling,
+            cache_salt=request.cache_salt,
+            prompt_logprobs=request.prompt_logprobs,
+            matcher=None if grammar is None else grammar.start(request.sampling),
+            num_returned=request.n,
+        )
 
     def _sequence(self, request: TextRequest, index: int, grammar: Compiled | None) -> Sequence:
         """The serial number makes the id unique: two requests may well come with the same id."""

@@ -17,19 +17,22 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from serve.engine.interface import Update
-from serve.events import FinishReason, TokenLogprobs
+from serve.errors import RequestFailed
+from serve.events import FinishReason
 from serve.text.beam import Candidates, Fork, Hypothesis, Node, Search, make_search
 from serve.text.kv_cache import KVCache
 from serve.text.sequence import Sequence
+
+COMPLETE = -1
+"""In place of an end token, with probability 1: the grammar lets nothing follow."""
 
 
 @dataclass(slots=True)
 class BeamUpdate:
     """What a step gives a beam request."""
 
-    token_ids: tuple[int, ...]
+    settled: list[Node]
     """New tokens that the best hypothesis is certain to have; none where several are to be returned."""
-    logprobs: tuple[TokenLogprobs, ...]
     hypotheses: list[Hypothesis] = field(default_factory=list)
     """At the end: the best ones, as many as are to be returned and exist."""
 
@@ -77,6 +80,8 @@ class BeamGroup(Sequence):
         """Make the search and the first beam, which is the prompt. Once, when `end_ids` are known."""
         assert self.sampling.beams is not None
         self.may_speculate = False
+        if self.matcher is not None:
+            self.end_ids |= self.matcher.end_ids | {COMPLETE}
         self.search = make_search(self.sampling.beams, self.end_ids, self.sampling.max_tokens)
         self.beams = [
             Beam(
@@ -88,6 +93,7 @@ class BeamGroup(Sequence):
                 cache_salt=self.cache_salt,
                 block_hashes=list(self.block_hashes),
                 end_ids=self.end_ids,
+                matcher=self.matcher,
             )
         ]
 
@@ -164,13 +170,19 @@ class BeamGroup(Sequence):
         rows = [beam.candidates for beam in self.beams if beam.candidates is not None]
         if len(rows) < len(self.beams):
             return None
-        forks = self.search.advance(rows)
-        if self.search.is_done:
-            return self._finish()
-        self._fork(forks, kv_cache)
-        if self.num_returned > 1:
-            return Update(self, BeamUpdate((), ()))
-        return Update(self, self._deliver(self.search.settled()))
+        for beam in self.beams:
+            if beam.matcher is not None and beam.matcher.failure is not None:
+                error = RequestFailed(f"the output cannot go on: {beam.matcher.failure}")
+                return Update(self, None, FinishReason.ERROR, error)
+        while len(rows) == len(self.beams):
+            forks = self.search.advance(rows)
+            if self.search.is_done:
+                return self._finish()
+            self._fork(forks, kv_cache)
+            rows = [beam.candidates for beam in self.beams if beam.candidates is not None]
+        settled = self.search.settled().path(self.num_delivered) if self.num_returned == 1 else []
+        self.num_delivered += len(settled)
+        return Update(self, BeamUpdate(settled))
 
     def _fork(self, forks: list[Fork], kv_cache: KVCache) -> None:
         """The last child of a beam takes it over, the others before it get copies of its lists."""
@@ -185,24 +197,29 @@ class BeamGroup(Sequence):
                     token_ids=list(beam.token_ids),
                     blocks=kv_cache.fork(beam.blocks),
                     block_hashes=list(beam.block_hashes),
+                    matcher=None if beam.matcher is None else beam.matcher.fork(),
                 )
             beam.token_ids.append(token_id)
             beam.candidates = None
+            if beam.matcher is not None:
+                beam.matcher.accept(token_id)
+                if beam.matcher.is_complete:
+                    beam.candidates = [(COMPLETE, 0.0)]
             living.append(beam)
         for i, beam in enumerate(self.beams):
             if i not in num_left:
                 kv_cache.free(beam.blocks)
         self.beams = living
 
-    def _deliver(self, node: Node) -> BeamUpdate:
-        path = node.path(self.num_delivered)
-        self.num_delivered += len(path)
-        return BeamUpdate(tuple(step.token_id for step in path), tuple(step.entry() for step in path))
-
     def _finish(self) -> Update[Sequence]:
         hypotheses = self.search.hypotheses()[: self.num_returned]
-        reason = hypotheses[0].reason if hypotheses else FinishReason.STOP
-        return Update(self, BeamUpdate((), (), hypotheses), reason)
+        if len(hypotheses) < self.num_returned:
+            error = RequestFailed(
+                f"n is {self.num_returned}, but the request lets beams find only {len(hypotheses)} outputs; lower n or "
+                f"allow more (response_format, logit_bias, num_beams)"
+            )
+            return Update(self, None, FinishReason.ERROR, error)
+        return Update(self, BeamUpdate([], hypotheses), hypotheses[0].reason)
 
     def _blocks_in_common(self, at: int, block_size: int) -> list[int]:
         """The most full blocks that an earlier beam has and this one needs as well. The last position is its own."""

@@ -62,11 +62,6 @@ def check_beams(sampling: SamplingParams, beams: BeamParams, *, num_returned: in
             "beams tell log-probabilities of the chosen tokens only, and none where logit_bias, penalties or groups "
             "change them; ask for logprobs without alternatives, or leave it out",
         ),
-        (
-            sampling.grammar is None,
-            "response_format",
-            "structured output cannot be combined with beams yet; leave one of them out",
-        ),
     ):  # fmt: skip
         if not is_fine:
             raise InvalidRequest(message, param=param)

@@ -59,6 +59,11 @@ class Matcher:
         twin.failure, twin._num_accepted = self.failure, self._num_accepted
         return twin
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that say so."""
+        return self._end_ids
+
     def is_end(self, token_id: int) -> bool:
         """Whether this token says that the output is complete. The mask allows it only where that is so."""
         return token_id in self._end_ids

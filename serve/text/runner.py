@@ -27,6 +27,7 @@ from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
+from serve.text.candidates import Candidates, find_candidates
 from serve.text.cuda_graph import DecodeGraphs
 from serve.text.logprobs import Scores, score
 from serve.text.proposer import Proposed, Proposer
@@ -64,6 +65,7 @@ class _Flight:
     scored: list[int]
     scores: Scores | None
     prompts: list[_PromptScores]
+    candidates: Candidates | None
     done: torch.cuda.Event | None
     began_s: float = 0.0
     is_typical: bool = True
@@ -125,6 +127,7 @@ class TokenRunner:
         try:
             began_s = self._clock()
             with torch.inference_mode():
+                self._copy(batch.copies)
                 proposed = self._propose(batch.rows)
                 flight = self._compute(batch.rows, proposed)
             flight.began_s, flight.is_typical = began_s, proposed.is_typical
@@ -194,6 +197,7 @@ class TokenRunner:
         positions: list[int] = []
         num_new: list[int] = []
         last: list[int] = []
+        last_of_beams: list[int] = []
         for row in rows:
             new, start = row.token_ids + row.drafts if row.drafts else row.token_ids, row.start
             if len(new) == 1:
@@ -203,10 +207,12 @@ class TokenRunner:
                 ids += new
                 positions += range(start, start + len(new))
             num_new.append(len(new))
-            if row.samples:
+            if row.num_candidates:
+                last_of_beams += range(len(ids) - row.samples, len(ids))
+            elif row.samples:
                 last += range(len(ids) - 1 - len(row.drafts), len(ids))
-        draws = _draws(rows)
         num_tokens = len(ids)
+        last += last_of_beams
         pending = self._pending(ids, rows)
 
         packed = to_device(ids + positions + last, self.device)
@@ -220,16 +226,37 @@ class TokenRunner:
             hidden_TD = self._forward(ids_T, positions_T, layout)
 
         prompts = [self._score_prompt(i, rows, num_new, hidden_TD) for i, row in enumerate(rows) if row.scores_prompt]
+        hidden_RD = hidden_TD if len(last) == num_tokens and not last_of_beams else hidden_TD[last_R]
+        pending_R = ids_T[last_R] if pending is not None else None
+        return self._choose(rows, hidden_RD, pending_R, proposed, prompts)
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            sources, targets = to_device(list(zip(*copies)), self.device)
+            self._attention.copy_blocks(self._kv_cache, sources, targets)
+
+    def _choose(
+        self,
+        rows: list[Row],
+        hidden_RD: torch.Tensor,
+        pending_R: torch.Tensor | None,
+        proposed: Proposed,
+        prompts: list[_PromptScores],
+    ) -> _Flight:
+        """Draw tokens, then find candidates for beams: so come the positions that want logits."""
+        draws, beams = _draws(rows), [row for row in rows if row.samples and row.num_candidates]
+        num_draws = len(draws)
+        logits_RV = self.model.logits(hidden_RD) if draws or beams else hidden_RD
         if draws:
-            hidden_RD = hidden_TD if len(last) == num_tokens else hidden_TD[last_R]
-            pending_R = ids_T[last_R] if pending is not None else None
             proposals = _proposals(rows, proposed) if self._rejects else None
-            sampled = self._sampler.sample(self.model.logits(hidden_RD), draws, pending_R, proposals=proposals)
+            pending_R = None if pending_R is None else pending_R[:num_draws]
+            sampled = self._sampler.sample(logits_RV[:num_draws], draws, pending_R, proposals=proposals)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             sampled = Sampled(nothing, nothing, [], None)
         self._previous = (draws, sampled.token_ids_R)
-        return self._take_off(rows, draws, sampled, prompts)
+        candidates = find_candidates(self._sampler, logits_RV[num_draws:], beams) if beams else None
+        return self._take_off(rows, draws, sampled, prompts, candidates)
 
     def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
@@ -267,7 +294,14 @@ class TokenRunner:
             scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), logits_RV.amax()))
         return scores
 
-    def _take_off(self, rows: list[Row], draws: list[Row], sampled: Sampled, prompts: list[_PromptScores]) -> _Flight:
+    def _take_off(
+        self,
+        rows: list[Row],
+        draws: list[Row],
+        sampled: Sampled,
+        prompts: list[_PromptScores],
+        candidates: Candidates | None,
+    ) -> _Flight:
         """Start the copies to the host."""
         for prompt in prompts:
             prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
@@ -279,6 +313,7 @@ class TokenRunner:
             sampled.scored,
             None if sampled.scores is None else sampled.scores.to_host(),
             prompts,
+            None if candidates is None else candidates.to_host(),
             torch.cuda.Event() if self._is_async else None,
         )
         if flight.done is not None:
@@ -298,15 +333,16 @@ class TokenRunner:
 def _draws(rows: list[Row]) -> list[Row]:
     """One entry per token that the step samples, in order."""
     if any(row.drafts for row in rows):
-        return [row.after(i) for row in rows if row.samples for i in range(len(row.drafts) + 1)]
-    return [row for row in rows if row.samples]
+        drawing = (row for row in rows if row.samples and not row.num_candidates)
+        return [row.after(i) for row in drawing for i in range(len(row.drafts) + 1)]
+    return [row for row in rows if row.samples and not row.num_candidates]
 
 
 def _proposals(rows: list[Row], proposed: Proposed) -> list[Proposal | None]:
     """The draft in the place of each draw, None where there is none: the last draw of every row."""
     proposals: list[Proposal | None] = []
     for row in rows:
-        if row.samples:
+        if row.samples and not row.num_candidates:
             scores = proposed.scores.get(row.job.id)
             proposals += [
                 Proposal(token_id, None if scores is None else scores[i]) for i, token_id in enumerate(row.drafts)
@@ -325,7 +361,7 @@ def _output(flight: _Flight) -> TokenOutput:
         scores = dict(zip(flight.scored, flight.scores.tolist(num_top)))
     output, at = TokenOutput([], [], [None] * len(rows)), 0
     for row in rows:
-        if not row.samples:
+        if not row.samples or row.num_candidates:
             output.token_ids.append(())
             output.logprobs.append(None)
             continue
@@ -339,4 +375,7 @@ def _output(flight: _Flight) -> TokenOutput:
         output.prompt_logprobs[prompt.row] = [
             entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
         ]
+    if flight.candidates is not None:
+        beams = (i for i, row in enumerate(rows) if row.samples and row.num_candidates)
+        output.candidates = dict(zip(beams, flight.candidates.tolist()))
     return output

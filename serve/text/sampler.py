@@ -137,19 +137,27 @@ class Sampler:
         """The scores from which `sample` draws (before the noise): their softmax is the distribution of the draw."""
         return self._shape(logits_RV.clone(), rows, [self._recipe(row.job) for row in rows], pending_R)
 
+    def penalised(self, scores_RV: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """What comes before the temperature, on any scores, which are overwritten. For beams: forks replace their
+        tokens, so nothing is kept from step to step."""
+        recipes = [self._new_recipe(row.job.sampling) for row in rows]
+        self._bias_(scores_RV, rows, recipes)
+        mask_tokens_(scores_RV, rows)
+        self._penalise_(scores_RV, rows, recipes, None)
+        return scores_RV
+
     def _recipe(self, job: Sequence) -> _Recipe:
         recipe = self._recipes.get(job.id)
         if recipe is None or recipe.params is not job.sampling:
-            params = job.sampling
-            recipe = self._recipes[job.id] = _Recipe(
-                params=params,
-                is_plain=params.is_greedy
-                and not params.needs_history
-                and not params.logit_bias
-                and params.grammar is None,
-                end_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids),
-            )
+            recipe = self._recipes[job.id] = self._new_recipe(job.sampling)
         return recipe
+
+    def _new_recipe(self, params: SamplingParams) -> _Recipe:
+        return _Recipe(
+            params=params,
+            is_plain=params.is_greedy and not params.needs_history and not params.logit_bias and params.grammar is None,
+            end_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids),
+        )
 
     def _process(
         self,

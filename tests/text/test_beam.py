@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
-from beams import Model, group_oracle, plain_oracle, searched
+from beams import Model, frozen_tokens, group_oracle, plain_oracle, searched
+from group_beams import FILE, PAD, PAD_BIAS, make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from make_group_beams import PAD, PAD_BIAS, make_model
 
 from serve.events import FinishReason
 from serve.request import BeamParams
 from serve.text.beam import make_search
 
-FROZEN = json.loads(Path(__file__).with_name("group_beams.json").read_text(encoding="utf-8"))
+FROZEN = json.loads(FILE.read_text(encoding="utf-8"))
 VOCAB = 29
 
 
@@ -78,9 +77,7 @@ def test_group_search_equals_the_frozen_answer(case):
     params = BeamParams(**{name: case[name] for name in names})
     want = case["hypotheses"]
     for found in (f(logprobs, params, case["end_ids"], case["max_tokens"]) for f in (searched, group_oracle)):
-        ends = [[case["end_ids"][0]] if h.reason is FinishReason.STOP else [h.tokens[-1]] for h in found]
-        tokens = [[*hypothesis.tokens[:-1], *end] for hypothesis, end in zip(found, ends)]
-        assert tokens == [hypothesis["tokens"] for hypothesis in want]
+        assert frozen_tokens(case, found) == [hypothesis["tokens"] for hypothesis in want]
         # fp32 sums of a dozen log-probabilities from logits that differ in their last bits: with and without a cache
         assert [h.score for h in found] == pytest.approx([h["score"] for h in want], rel=1e-5, abs=1e-5)
 

@@ -130,7 +130,7 @@ def most_blocks(job: Sequence, block_size: int) -> int:
 def check_beams(job: BeamGroup, reason: FinishReason | None, updates: list[BeamUpdate]) -> None:
     """What was delivered on the way begins the best hypothesis; at the end all are the oracle's, ids and scores."""
     expected = beams_alone(job.token_ids, job.sampling)[: job.num_returned]
-    delivered = [token_id for update in updates for token_id in update.token_ids]
+    delivered = [node.token_id for update in updates for node in update.settled]
     assert delivered == list(expected[0].tokens[: len(delivered)])
     assert job.num_returned == 1 or not delivered
     if reason not in (FinishReason.CANCELLED, FinishReason.ERROR):

@@ -1,7 +1,7 @@
 """Writes `group_beams.json`: what diverse beam search gives in transformers 4.55.4, the last release line that had it.
 
     python -m venv tf455 && tf455/bin/pip install transformers==4.55.4 torch==2.13.0
-    tf455/bin/python tests/text/make_group_beams.py
+    tf455/bin/python tests/group_beams.py
 
 The cases hold no weights: `give_weights` makes them from the parameters' names, the same in both versions. The padding
 of a finished group would count as chosen by it (see `serve/text/beam.py`); its token is biased out of all reach.
@@ -21,6 +21,7 @@ VOCAB = 48
 PAD = VOCAB - 1
 PAD_BIAS = -1e4
 NUM_CASES = 64
+FILE = Path(__file__).with_name("group_beams.json")
 
 
 def make_model(seed: int, scale: float) -> LlamaForCausalLM:
@@ -93,4 +94,4 @@ if __name__ == "__main__":
     for case in cases:
         case["hypotheses"] = hypotheses(case)
     lines = ",\n".join(json.dumps(case) for case in cases)
-    Path(__file__).with_name("group_beams.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
