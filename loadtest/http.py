@@ -17,6 +17,7 @@ import random
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from loadtest.client import HttpError, Server
 
@@ -113,13 +114,20 @@ async def _read(server: Server, body: bytes, arguments: argparse.Namespace, resu
                 return
             if usage := event.get("usage"):
                 result.num_tokens = usage["completion_tokens"]
-            if any((choice.get("delta") or {}).get("content") or choice.get("text") for choice in event["choices"]):
+            if any(_says(choice) for choice in event["choices"]):
                 if last:
                     result.gaps.append(now - last)
                 else:
                     result.ttft = now - result.started
                 last = now
     result.e2e = time.perf_counter() - result.started
+
+
+def _says(choice: dict[str, Any]) -> bool:
+    """Whether a chunk brings output: text, reasoning or part of a call."""
+    delta = choice.get("delta") or {}
+    told = [delta.get(name) for name in ("content", "reasoning_content", "tool_calls")]
+    return any(told) or bool(choice.get("text"))
 
 
 def _report(arguments: argparse.Namespace, results: list[Result], wall: float) -> dict[str, object]:

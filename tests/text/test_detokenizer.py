@@ -82,6 +82,22 @@ def test_bytes_that_are_no_characters_become_replacement_characters(data):
         assert streamed == expected.removeprefix(" ")  # the first space belongs to the pieces of these tokenizers
 
 
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "llama2"])
+def test_tokens_that_are_shown_have_the_text_given_and_the_others_theirs(tmp_path, kind):
+    tokenizer = load(tmp_path, kind)
+    name = "<|im_end|>" if kind == "qwen" else "<|eot_id|>" if kind == "llama3" else "</s>"
+    [(token_id, text)] = tokenizer.special_ids([name, "the", "<|no such token|>"]).items()
+    assert text == name
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("the fox", "🦜"))
+    ids = [*before, token_id, *after]
+    for skip in (True, False):
+        detokenizer = tokenizer.detokenizer(skip_special_tokens=skip, shown={token_id: "[END]"})
+        pieces = [*(detokenizer.push([one]) for one in ids), detokenizer.finish()]
+        assert "[END]" in pieces
+        assert "".join(pieces).replace(" ", "") == "thefox[END]🦜", "skip or not"
+    assert name not in "".join(stream(tokenizer, ids))
+
+
 @pytest.mark.parametrize("kind", ["qwen", "llama2"])
 def test_a_character_comes_out_whole_with_its_last_byte(tmp_path, kind):
     tokenizer = load(tmp_path, kind)
