@@ -11,11 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from serve.errors import ConfigError
+
 STEP_LEXER_FUEL = 50_000
 STEP_MAX_ITEMS = 20_000
 """Bound the work for one mask: llguidance does 14 and 20 thousand a millisecond."""
 MAX_LEXER_STATES = 20_000
 """Bounds a matcher's memory: 1-2 kB a state."""
+
+_UTF8_BYTES = frozenset(bytes([byte]) for byte in (*range(0xC0), *range(0xC2, 0xF5)))
+"""All that occur in UTF-8."""
 
 
 def limits() -> Any:
@@ -32,12 +37,22 @@ def limits() -> Any:
 
 
 def load_vocabulary(folder: Path, size: int, end_ids: Iterable[int]) -> Vocabulary:
-    """Of the model in `folder`, with `size` rows in its logits. Takes a second or two for 150 000 tokens."""
+    """Of the model in `folder`, with `size` rows in its logits. Takes a second or two for 150 000 tokens.
+
+    Raises ConfigError for a tokenizer that cannot write every text.
+    """
     from serve.text.tokenizer import Tokenizer, TokenizerBundle
 
     tokenizer = Tokenizer(TokenizerBundle.from_folder(folder))
+    tokens = [tokenizer.token_bytes(token_id) for token_id in range(size)]
+    missing = _UTF8_BYTES.difference(tokens)
+    if missing:
+        raise ConfigError(
+            f"its tokenizer has no token for {len(missing)} of the bytes that texts are made of; byte-level and "
+            "byte-fallback tokenizers have"
+        )
     return Vocabulary(
-        [tokenizer.token_bytes(token_id) for token_id in range(size)],
+        tokens,
         special={name: token_id for name, token_id in tokenizer.special_tokens.items() if token_id < size},
         end_ids=end_ids,
         encode=partial(tokenizer.encode, add_special_tokens=False),

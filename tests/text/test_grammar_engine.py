@@ -16,7 +16,7 @@ from tiny import tiny_folder
 from models.embedded.paths import EMBEDDED
 from serve.errors import RequestFailed
 from serve.events import FinishReason
-from serve.options import ModelOptions
+from serve.options import ModelOptions, SpeculativeOptions
 from serve.request import Grammar, SamplingParams
 from serve.text.build import TextEngine, build_engine
 from serve.text.grammar import Cost, Matcher
@@ -127,6 +127,33 @@ def test_outputs_do_not_depend_on_mates_memory_chunks_or_depth(folder, setting, 
     assert [output(one) for one in done] == alone
     if setting == "little memory":
         assert any(one.num_preemptions and one.matcher is not None for one in done)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculation_changes_no_constrained_output(method):
+    path = Path(EMBEDDED["tandem-text"])
+    if not (path / "model.safetensors").exists():
+        pytest.skip("the embedded model is not here")
+    prompt = tokens_of(path)[0].encode_chat([{"role": "user", "content": "Give me a JSON object."}])
+
+    def outputs(speculation: SpeculativeOptions) -> tuple[list[list[int]], int]:
+        options = ModelOptions(model=str(path), threads=1, dtype="float32", speculative_config=speculation)
+        done = run(
+            build_engine(options, progress=False, depth=0)[0],
+            *(
+                sequence(path, prompt, "json_schema", random_schema(seed), temperature=temperature, seed=seed)
+                for seed in range(16)
+                for temperature in (0.0, 1.0)
+            ),
+            sequence(path, prompt, "regex", "(ab|cd){20}"),
+        )
+        return [output(one) for one in done], sum(one.num_accepted for one in done)
+
+    expected, _ = outputs(SpeculativeOptions(num_speculative_tokens=0))
+    model = "tandem-text-draft" if method == "draft_model" else None
+    found, num_accepted = outputs(SpeculativeOptions(method=method, model=model, num_speculative_tokens=4))
+    assert found == expected
+    assert num_accepted > 0
 
 
 def test_a_complete_output_ends_without_an_end_token(folder):
