@@ -136,8 +136,8 @@ class ModelOptions:
     ] = only_for("text", "auto")
     """How the model writes tool calls. auto: as its chat template asks it to. none: tools are refused."""
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3"] = only_for("text", "auto")
-    """How reasoning is told from the answer: `<think>…</think>` that the model may open (qwen3), or that every answer
-    begins inside (deepseek_r1). auto: as the chat template has it. none: it stays in the text."""
+    """How reasoning is told from the answer: `<think>…</think>` that the template or the model opens (qwen3), or that
+    every answer begins inside (deepseek_r1). auto: qwen3 if the chat template knows the tags. none: it stays text."""
 
     max_num_images: int = bounded(32, least=1, most=4096, only="image")
     """Images in progress at a time; the rest waits. More than fill a step only take turns, and each holds its latents

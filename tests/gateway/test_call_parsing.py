@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import sys
+import typing
 from typing import Any
 
 import pytest
@@ -13,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.gateway.parsing.events import Arguments, CallEnd, CallStart, Content, Parsed, Reasoning, merged
-from serve.gateway.parsing.formats import ALIASES, FORMATS, make_parser
+from serve.gateway.parsing.formats import (
+    ALIASES,
+    FORMATS,
+    call_format,
+    make_parser,
+    reasoning_format,
+    stage_of,
+)
 from serve.gateway.parsing.json_scanner import MAX_DEPTH, JsonScanner
 from serve.gateway.parsing.markers import SPECIAL, MarkerFinder, Spellings
 from serve.gateway.parsing.reasoning import Stage
+from serve.options import ModelOptions
 
 NAMES = frozenset(["f", "g", "get-x"])
 CALLS, TOOL_ARGS, TAG = SPECIAL + "[TOOL_CALLS]", SPECIAL + "[ARGS]", SPECIAL + "<|python_tag|>"
@@ -364,5 +373,17 @@ def test_markers_are_found_across_cuts():
         assert seen == [*"x<<ab", "<abc>"] and finder.finish() == ""
 
 
-def test_names_of_vllms_parsers_are_known():
-    assert {*FORMATS, *ALIASES} == {"hermes", "llama3_json", "llama4_json", "pythonic", "llama4_pythonic", "mistral"}
+def test_every_format_can_be_named_as_in_vllm():
+    hints = typing.get_type_hints(ModelOptions)
+    assert set(typing.get_args(hints["tool_call_parser"])) == {"auto", "none", *FORMATS, *ALIASES}
+    assert all(call_format(name, "") is not None for name in (*FORMATS, *ALIASES))
+    assert call_format("none", "<tool_call>") is None
+    for name in set(typing.get_args(hints["reasoning_parser"])) - {"auto", "none"}:
+        assert reasoning_format(name, "") == name
+
+
+def test_where_reasoning_begins_is_told_from_the_prompts_end():
+    assert stage_of("<|im_start|>assistant\n", "qwen3") is Stage.UNKNOWN
+    assert stage_of("<|im_start|>assistant\n<think>\n", "qwen3") is Stage.EXPECTED
+    assert stage_of("<think>\n\n</think>\n\n", "deepseek_r1") is Stage.ANSWER
+    assert stage_of("<|im_start|>assistant\n", "deepseek_r1") is Stage.EXPECTED

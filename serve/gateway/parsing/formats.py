@@ -125,12 +125,14 @@ def call_format(name: str, template: str) -> CallFormat | None:
 
 
 def reasoning_format(name: str, template: str) -> str | None:
-    """How the model's reasoning is told from its answer: "deepseek_r1", "qwen3" or not at all; "auto" as above."""
+    """How the model's reasoning is told from its answer: "deepseek_r1", "qwen3" or not at all.
+
+    "auto" is never "deepseek_r1": templates of models that do not reason (DeepSeek V3) hold the tags too, and where
+    every answer begins with reasoning the prompt opens it or the model does.
+    """
     if name != "auto":
         return None if name == "none" else name
-    if reasoning.END not in template:
-        return None
-    return "deepseek_r1" if "<｜Assistant｜>" in template else "qwen3"
+    return "qwen3" if reasoning.END in template else None
 
 
 def stage_of(prompt_end: str, name: str) -> Stage:
