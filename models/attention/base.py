@@ -73,8 +73,7 @@ class AttentionBackend(Protocol):
     def attend(
         self,
         q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
+        new_T2KH: torch.Tensor,
         kv: Any,
         plan: Any,
         *,
@@ -83,6 +82,8 @@ class AttentionBackend(Protocol):
         softcap: float | None = None,
     ) -> torch.Tensor:
         """Write the new keys and values into `kv` (this layer's cache), then attend causally; returns out_TNH.
+
+        `new_T2KH` holds a token's keys, then its values; heads are contiguous, tokens and halves need not be.
 
         `window`: a position sees itself and the `window - 1` before it (sliding window); None: all before it.
         `softcap`: scores are squeezed to `softcap * tanh(score / softcap)` before the mask (Gemma 2).

@@ -66,8 +66,7 @@ class SdpaAttention:
     def attend(
         self,
         q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
+        new_T2KH: torch.Tensor,
         kv: torch.Tensor,
         plan: _Plan,
         *,
@@ -76,8 +75,7 @@ class SdpaAttention:
         softcap: float | None = None,
     ) -> torch.Tensor:
         keys, values = kv
-        keys[plan.slots_T] = k_TKH
-        values[plan.slots_T] = v_TKH
+        keys[plan.slots_T], values[plan.slots_T] = new_T2KH.unbind(1)
         return torch.cat(
             [self._one(q_TNH[row.start : row.stop], keys, values, row, scale, window, softcap) for row in plan.rows]
         )

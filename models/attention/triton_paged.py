@@ -98,8 +98,7 @@ class TritonAttention:
     def attend(
         self,
         q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
+        new_T2KH: torch.Tensor,
         kv: torch.Tensor,
         plan: _Plan,
         *,
@@ -109,7 +108,7 @@ class TritonAttention:
     ) -> torch.Tensor:
         spec = self._spec
         padded_head = triton.next_power_of_2(spec.head_dim)
-        q_TNH, k_TKH, v_TKH = (_with_dense_heads(tensor) for tensor in (q_TNH, k_TKH, v_TKH))
+        q_TNH, k_TKH, v_TKH = (_with_dense_heads(tensor) for tensor in (q_TNH, *new_T2KH.unbind(1)))
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         _store[(q_TNH.shape[0], spec.num_kv_heads)](
             k_TKH,

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from models.layers import MIN_ROWS, Linear, RMSNorm, swiglu
+from models.layers import MIN_ROWS, GatedLinear, Linear, RMSNorm
 from models.text.architecture import DenseArchitecture
 from models.text.base import StepContext
-from models.text.rope import RopeTable, rotate
+from models.text.rope import RopeTable, interleave, rotate_
 
 
 class Decoder:
@@ -41,7 +41,7 @@ class Decoder:
         if architecture.ties_embeddings:
             self._head.weight_ED = self._embedding_VD
         self._min_rows = MIN_ROWS if device.type == "cpu" else 1
-        self._rope = RopeTable(architecture.rope, num_positions=num_positions, dtype=dtype, device=device)
+        self._rope = RopeTable(architecture.rope, num_positions=num_positions, device=device)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters().values())
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -65,6 +65,7 @@ class Decoder:
         """
         for layer in self._layers:
             layer.finish()
+        self._norm.finish()
         self._head.finish()
 
     @torch.inference_mode()
@@ -74,9 +75,9 @@ class Decoder:
             missing = self._min_rows - num_tokens
             token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
         x_TD = F.embedding(token_ids_T, self._embedding_VD)
-        step = _Step(context, *self._rope.at(positions_T), num_tokens)
+        step = _Step(context, self._rope.at(positions_T), num_tokens)
         for layer in self._layers:
-            layer.advance(x_TD, step)
+            x_TD = layer.advance(x_TD, step)
         return self._norm(x_TD)[:num_tokens]
 
     @torch.inference_mode()
@@ -92,8 +93,7 @@ class _Step:
     """What the layers of one forward share. Rows from `num_tokens` on are padding, of no sequence."""
 
     context: StepContext
-    cos_T1H: torch.Tensor
-    sin_T1H: torch.Tensor
+    cis_T1C: torch.Tensor
     num_tokens: int
 
 
@@ -128,8 +128,13 @@ class _Layer:
         self._output = linear(
             heads_width, [("self_attn.o_proj", spec.hidden_size)], has_bias=architecture.has_output_bias
         )
-        self._gate_up = linear(
-            spec.hidden_size, [("mlp.gate_proj", inner), ("mlp.up_proj", inner)], has_bias=architecture.has_mlp_bias
+        self._gate_up = GatedLinear(
+            spec.hidden_size,
+            (f"{name}.mlp.gate_proj", inner),
+            (f"{name}.mlp.up_proj", inner),
+            has_bias=architecture.has_mlp_bias,
+            dtype=dtype,
+            device=device,
         )
         self._down = linear(inner, [("mlp.down_proj", spec.hidden_size)], has_bias=architecture.has_mlp_bias)
 
@@ -146,34 +151,42 @@ class _Layer:
         return named
 
     def finish(self) -> None:
-        for linear in (self._qkv, self._output, self._gate_up, self._down):
-            linear.finish()
+        num_rotated = (self._num_heads + self._num_kv_heads) * self._head_dim
+        for rotated in (self._qkv.weight_ED, self._qkv.bias_E):
+            if rotated is not None:
+                rotated[:num_rotated] = interleave(rotated[:num_rotated], self._head_dim)
+        if self._qk_norm is not None:
+            flat = self._qk_norm.weight.view(-1)
+            flat.copy_(interleave(flat, self._head_dim))
+            self._qk_norm.finish()
+        for part in (self._qkv, self._output, self._gate_up, self._down, self._attention_norm, self._mlp_norm):
+            part.finish()
 
-    def advance(self, x_TD: torch.Tensor, step: _Step) -> None:
-        """Add this layer's two contributions to `x_TD` in place."""
-        x_TD += self._attend(self._attention_norm(x_TD), step)
-        x_TD += self._down(swiglu(self._gate_up(self._mlp_norm(x_TD))))
+    def advance(self, x_TD: torch.Tensor, step: _Step) -> torch.Tensor:
+        """`x_TD` with this layer's two contributions; the tensor given may be changed."""
+        x_TD = self._output.add_to(x_TD, self._attend(self._attention_norm(x_TD), step))
+        return self._down.add_to(x_TD, self._gate_up(self._mlp_norm(x_TD)))
 
     def _attend(self, x_TD: torch.Tensor, step: _Step) -> torch.Tensor:
-        num_rows = x_TD.shape[0]
-        num_heads, num_rotated = self._num_heads, self._num_heads + self._num_kv_heads
-        qkv_TNH = self._qkv(x_TD).view(num_rows, num_rotated + self._num_kv_heads, self._head_dim)
-        qk_TNH = qkv_TNH[:, :num_rotated]
-        if self._qk_norm is not None:
-            qk_TNH = self._qk_norm(qk_TNH)
-        qk_TNH = rotate(qk_TNH, step.cos_T1H, step.sin_T1H)
-        if num_rows > step.num_tokens:
-            qk_TNH, qkv_TNH = qk_TNH[: step.num_tokens], qkv_TNH[: step.num_tokens]
+        num_rows, num_tokens = x_TD.shape[0], step.num_tokens
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+        qkv_TNH = self._qkv(x_TD).view(num_rows, num_heads + 2 * num_kv_heads, self._head_dim)
+        qk_TNH = qkv_TNH[:, : num_heads + num_kv_heads]
+        rotated_TNH = qk_TNH.float() if self._qk_norm is None else self._qk_norm.in_float32(qk_TNH)
+        rotate_(rotated_TNH, step.cis_T1C)
+        if rotated_TNH is not qk_TNH:
+            qk_TNH.copy_(rotated_TNH)
+        if num_rows > num_tokens:
+            qkv_TNH = qkv_TNH[:num_tokens]
         out_TNH = step.context.attention.attend(
-            qk_TNH[:, :num_heads],
-            qk_TNH[:, num_heads:],
-            qkv_TNH[:, num_rotated:],
+            qkv_TNH[:, :num_heads],
+            qkv_TNH[:, num_heads:].unflatten(1, (2, num_kv_heads)),
             step.context.kv_cache[self._index],
             step.context.plan,
             scale=self._scale,
             window=self._window,
         )
-        out_TD = out_TNH.reshape(step.num_tokens, -1)
-        if num_rows > step.num_tokens:
-            out_TD = F.pad(out_TD, (0, 0, 0, num_rows - step.num_tokens))
-        return self._output(out_TD)
+        out_TD = out_TNH.reshape(num_tokens, -1)
+        if num_rows > num_tokens:
+            out_TD = F.pad(out_TD, (0, 0, 0, num_rows - num_tokens))
+        return out_TD

@@ -284,8 +284,7 @@ def _attend(
     num, cache = step.num_tokens, step.context.kv_cache
     out_TNH = step.context.attention.attend(
         query[0].transpose(0, 1)[:num],
-        key[0].transpose(0, 1)[:num],
-        value[0].transpose(0, 1)[:num],
+        torch.stack((key[0], value[0])).permute(2, 0, 1, 3)[:num],
         cache[layer] if cache else None,
         step.context.plan,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.layers import MIN_ROWS, Linear, RMSNorm, can_pack, swiglu
+from models.layers import MIN_ROWS, GatedLinear, Linear, RMSNorm, can_pack
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,7 @@ def test_norm_equals_torch_and_does_not_depend_on_the_number_of_rows(
 ) -> None:
     norm = RMSNorm(shape, 1e-5, dtype=torch.float32, device=CPU)
     norm.weight.copy_(torch.randn(shape, generator=random))
+    norm.finish()
     x = torch.randn(70, *shape, generator=random)
     out = norm(x)
     torch.testing.assert_close(out, F.rms_norm(x, shape[-1:], eps=1e-5) * norm.weight, atol=1e-6, rtol=1e-6)
@@ -69,6 +70,36 @@ def test_norm_equals_torch_and_does_not_depend_on_the_number_of_rows(
         assert torch.equal(norm(x[:num_rows]), out[:num_rows])
 
 
-def test_swiglu_gates_the_second_half_by_the_first(random: torch.Generator) -> None:
-    x = torch.randn(3, 20, generator=random)
-    torch.testing.assert_close(swiglu(x), F.silu(x[:, :10]) * x[:, 10:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gated_linear_is_silu_of_the_gate_times_up(
+    dtype: torch.dtype, is_packed: bool, random: torch.Generator
+) -> None:
+    layer = GatedLinear(64, ("gate", 96), ("up", 96), has_bias=True, dtype=dtype, device=CPU)
+    weights = {name: torch.randn(part.shape, generator=random).to(dtype) for name, part in layer.parameters().items()}
+    for name, part in layer.parameters().items():
+        part.copy_(weights[name])
+    if is_packed:
+        layer.finish()
+    x = torch.randn(70, 64, generator=random).to(dtype)
+    wide = {name: weight.double() for name, weight in weights.items()}
+    gate, up = (F.linear(x.double(), wide[f"{name}.weight"], wide[f"{name}.bias"]) for name in ("gate", "up"))
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.03}
+    torch.testing.assert_close(layer(x).double(), F.silu(gate) * up, **tolerance)
+    if dtype == torch.float32 and is_packed:
+        for num_rows in (MIN_ROWS, 7, 16, 33):
+            assert torch.equal(layer(x[:num_rows]), layer(x)[:num_rows])
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_linear_adds_to_a_residual(is_packed: bool, random: torch.Generator) -> None:
+    layer = linear(64, 96, torch.float32, random)
+    if is_packed:
+        layer.finish()
+    x, residual = torch.randn(70, 64, generator=random), torch.randn(70, 96, generator=random)
+    expected = residual + layer(x)
+    out = layer.add_to(residual.clone(), x)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for num_rows in (MIN_ROWS, 7, 16, 33):
+        if is_packed:
+            assert torch.equal(layer.add_to(residual[:num_rows].clone(), x[:num_rows]), out[:num_rows])

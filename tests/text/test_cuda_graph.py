@@ -43,8 +43,8 @@ class FlatAttention:
         slots = [table[start // BLOCK] * BLOCK + start % BLOCK for table, start in zip(tables, layout.num_computed)]
         return Plan(torch.tensor(slots), torch.tensor(tables), [torch.tensor(layout.num_computed) + 1])
 
-    def attend(self, q_TNH, k_TKH, v_TKH, kv, plan, *, scale, window=None, softcap=None):
-        kv[0][plan.slots_T], kv[1][plan.slots_T] = k_TKH, v_TKH
+    def attend(self, q_TNH, new_T2KH, kv, plan, *, scale, window=None, softcap=None):
+        kv[0][plan.slots_T], kv[1][plan.slots_T] = new_T2KH.unbind(1)
         slots_TL = (plan.tables_TW[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
         mask_T11L = (torch.arange(slots_TL.shape[1]) < plan.lengths_T[0][:, None])[:, None, None]
         keys, values = (part[slots_TL].transpose(1, 2) for part in kv)

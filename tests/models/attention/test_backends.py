@@ -38,7 +38,7 @@ class Steps:
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def next(self, new: dict[str, int]) -> tuple[TokenLayout, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def next(self, new: dict[str, int]) -> tuple[TokenLayout, torch.Tensor, torch.Tensor]:
         layout = TokenLayout(
             num_new=list(new.values()),
             num_computed=[self.lengths.get(name, 0) for name in new],
@@ -49,11 +49,11 @@ class Steps:
             while len(self.tables[name]) * self.spec.block_size < self.lengths[name]:
                 self.tables[name].append(self.free.pop())
         total, kv_heads, head_dim = sum(new.values()), self.spec.num_kv_heads, self.spec.head_dim
-        q, k, v = (
-            torch.randn(total, heads, head_dim, generator=self.generator).to(self.spec.dtype)
-            for heads in (self.num_heads, kv_heads, kv_heads)
+        q, new = (
+            torch.randn(total, *heads, head_dim, generator=self.generator).to(self.spec.dtype)
+            for heads in ((self.num_heads,), (2, kv_heads))
         )
-        return layout, q, k, v
+        return layout, q, new
 
 
 SCHEDULE: list[dict[str, int]] = [
@@ -92,9 +92,9 @@ def test_backend_equals_the_reference_with_capped_scores(name: str) -> None:
 
 
 def test_several_groups_of_decodes_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from models.attention import cpu
+    from models.attention import decode_groups
 
-    monkeypatch.setattr(cpu, "_GROUP_BYTES", 20 * 16 * 2 * 2 * 16 * 4)
+    monkeypatch.setattr(decode_groups, "_GROUP_BYTES", 20 * 16 * 2 * 2 * 16 * 4)
     spec = spec_of(2, 16, torch.float32)
     compare(make_attention("cpu", spec, 4), spec, 4, None)
 
@@ -113,9 +113,9 @@ def test_decodes_that_begin_with_the_same_blocks_equal_the_reference(
     family = [f"f{index}" for index in range(6)]
 
     def run(new: dict[str, int]) -> None:
-        layout, q, k, v = steps.next(new)
+        layout, q, new_kv = steps.next(new)
         found, expected = (
-            attention.attend(q, k, v, kv, attention.plan(layout), scale=0.2)
+            attention.attend(q, new_kv, kv, attention.plan(layout), scale=0.2)
             for attention, kv in zip((backend, reference), layers, strict=True)
         )
         torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
@@ -147,13 +147,13 @@ def test_blocks_of_a_poisoned_sequence_are_safe_to_reuse(name: str) -> None:
     spec = spec_of(2, 16, torch.float32)
     attention = make_attention(name, spec, 4)
     (cache,) = attention.allocate(4)
-    ones = torch.ones(64, 2, 16)
+    ones = torch.ones(64, 2, 2, 16)
     poisoned = TokenLayout(num_new=[64], num_computed=[0], block_tables=[[0, 1, 2, 3]])
     nan = float("nan")
-    attention.attend(torch.ones(64, 4, 16), ones * nan, ones * nan, cache, attention.plan(poisoned), scale=1.0)
+    attention.attend(torch.ones(64, 4, 16), ones * nan, cache, attention.plan(poisoned), scale=1.0)
     for start, num in ((0, 18), (18, 1), (19, 14), (33, 1)):
         layout = TokenLayout(num_new=[num], num_computed=[start], block_tables=[[2, 0, 1]])
-        out = attention.attend(torch.ones(num, 4, 16), ones[:num], ones[:num], cache, attention.plan(layout), scale=1.0)
+        out = attention.attend(torch.ones(num, 4, 16), ones[:num], cache, attention.plan(layout), scale=1.0)
         torch.testing.assert_close(out, torch.ones_like(out))
 
 
@@ -169,9 +169,11 @@ def compare(
     steps = Steps(spec, heads)
     (ours,), (theirs,) = attention.allocate(NUM_BLOCKS), reference.allocate(NUM_BLOCKS)
     for new in schedule:
-        layout, q, k, v = steps.next(new)
-        out = attention.attend(q, k, v, ours, attention.plan(layout), scale=0.3, window=window, softcap=softcap)
-        expected = reference.attend(q, k, v, theirs, reference.plan(layout), scale=0.3, window=window, softcap=softcap)
+        layout, q, new_kv = steps.next(new)
+        out = attention.attend(q, new_kv, ours, attention.plan(layout), scale=0.3, window=window, softcap=softcap)
+        expected = reference.attend(
+            q, new_kv, theirs, reference.plan(layout), scale=0.3, window=window, softcap=softcap
+        )
         torch.testing.assert_close(out, expected, **TOLERANCE[spec.dtype])
 
 
@@ -183,16 +185,16 @@ def decode_with(lengths: dict[str, int], spec: KVCacheSpec) -> dict[str, torch.T
     queries = []
     for name, length in lengths.items():
         steps.generator.manual_seed(ord(name))
-        layout, q, k, v = steps.next({name: length})
-        attention.attend(q, k, v, cache, attention.plan(layout), scale=0.3)
+        layout, q, new_kv = steps.next({name: length})
+        attention.attend(q, new_kv, cache, attention.plan(layout), scale=0.3)
         queries.append(steps.next({name: 1})[1:])
     layout = TokenLayout(
         num_new=[1] * len(lengths),
         num_computed=list(lengths.values()),
         block_tables=[steps.tables[name] for name in lengths],
     )
-    q, k, v = (torch.cat(parts) for parts in zip(*queries, strict=True))
-    out = attention.attend(q, k, v, cache, attention.plan(layout), scale=0.3)
+    q, new_kv = (torch.cat(parts) for parts in zip(*queries, strict=True))
+    out = attention.attend(q, new_kv, cache, attention.plan(layout), scale=0.3)
     return dict(zip(lengths, out, strict=True))
 
 

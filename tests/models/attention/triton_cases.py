@@ -53,10 +53,10 @@ def compare(
             while len(tables[name]) * block_size < lengths[name]:
                 tables[name].append(free.pop())
         fused = torch.randn(sum(new.values()), heads + 2 * kv_heads, head_dim, generator=generator).to(DEVICE)
-        q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+        q, new_kv = fused[:, :heads], fused[:, heads:].unflatten(1, (2, kv_heads))
         options = {"scale": 0.3, "window": window, "softcap": softcap}
-        out = ours.attend(q, k, v, our_cache, ours.plan(layout), **options)
-        expected = reference.attend(q, k, v, their_cache, reference.plan(layout), **options)
+        out = ours.attend(q, new_kv, our_cache, ours.plan(layout), **options)
+        expected = reference.attend(q, new_kv, their_cache, reference.plan(layout), **options)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 

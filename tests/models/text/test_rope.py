@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.registry import load_text_model
-from models.text.rope import RopeSpec, RopeTable, rotate
+from models.text.rope import RopeSpec, RopeTable, interleave, rotate_
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
@@ -87,18 +87,38 @@ def test_unknown_or_incomplete_scaling_is_refused(parameters: dict[str, Any], me
         RopeSpec.read({"max_position_embeddings": 64, "rope_parameters": parameters}, head_dim=32)
 
 
+def test_rotation_is_transformers_with_pairs_side_by_side() -> None:
+    spec = RopeSpec.read({"max_position_embeddings": 64}, head_dim=16)
+    table = RopeTable(spec, num_positions=64, device=torch.device("cpu"))
+    x_TNH = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 1, 7, 30, 63])
+    angles = torch.cat([positions[:, None] * spec.frequencies(64)[0]] * 2, -1).unsqueeze(1)
+    half = torch.cat((-x_TNH[..., 8:], x_TNH[..., :8]), -1)
+    expected = x_TNH * angles.cos() + half * angles.sin()
+
+    def paired(heads: torch.Tensor) -> torch.Tensor:
+        return torch.stack([interleave(token.flatten(), 16).view(3, 16) for token in heads])
+
+    rotated = paired(x_TNH)
+    rotate_(rotated, table.at(positions))
+    torch.testing.assert_close(rotated, paired(expected), atol=1e-6, rtol=1e-5)
+
+
 def test_rotation_keeps_length_and_depends_on_the_distance_only() -> None:
     spec = RopeSpec.read({"max_position_embeddings": 64}, head_dim=16)
-    table = RopeTable(spec, num_positions=64, dtype=torch.float32, device=torch.device("cpu"))
+    table = RopeTable(spec, num_positions=64, device=torch.device("cpu"))
     query, key = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
+    def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
+        x = x.clone()
+        rotate_(x, table.at(torch.tensor([position])))
+        return x
+
     def score(query_at: int, key_at: int) -> torch.Tensor:
-        return (
-            rotate(query, *table.at(torch.tensor([query_at]))) * rotate(key, *table.at(torch.tensor([key_at])))
-        ).sum()
+        return (rotated(query, query_at) * rotated(key, key_at)).sum()
 
     torch.testing.assert_close(score(9, 4), score(60, 55), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rotate(query, *table.at(torch.tensor([33]))).norm(), query.norm())
+    torch.testing.assert_close(rotated(query, 33).norm(), query.norm())
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
