@@ -77,11 +77,12 @@ class Acceptance:
     num_drafted: int = 0
     by_position: list[int] = field(default_factory=list)
     """Accepted ones."""
-    _lately: list[Mean] = field(default_factory=list)
+    lately: list[Mean] = field(default_factory=list)
+    """The share of drafts at each position that held when those before it did."""
 
     def __post_init__(self) -> None:
         self.by_position = [0] * self.most
-        self._lately = [Mean(ACCEPTANCE_WINDOW, PRIOR_ACCEPTANCE, PRIOR_WEIGHT) for _ in range(self.most)]
+        self.lately = [Mean(ACCEPTANCE_WINDOW, PRIOR_ACCEPTANCE, PRIOR_WEIGHT) for _ in range(self.most)]
 
     @property
     def num_accepted(self) -> int:
@@ -98,14 +99,14 @@ class Acceptance:
             self.num_rows += 1
             self.num_drafted += num_drafted
         for position in range(min(num_accepted + 1, num_asked)):
-            self._lately[position].add(float(position < num_accepted))
+            self.lately[position].add(float(position < num_accepted))
         for position in range(num_accepted):
             self.by_position[position] += 1
 
     def num_tokens(self, num_drafts: int) -> float:
         """Tokens to expect of a row."""
         total = share = 1.0
-        for mean in self._lately[:num_drafts]:
+        for mean in self.lately[:num_drafts]:
             share *= mean.value
             total += share
         return total

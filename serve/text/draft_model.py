@@ -41,6 +41,9 @@ class _Cached:
     """Tokens computed behind them, right or wrong."""
     num_signed: int = 0
     """Leading blocks whose hash is entered."""
+    table: list[int] = field(default_factory=list)
+    """The block table, another list after drafts that did not hold: attention may keep what it gathered of a list whose
+    positions were written once."""
 
 
 class DraftModel:
@@ -128,7 +131,8 @@ class DraftModel:
         ids = [token_id for token_ids in new for token_id in token_ids]
         positions = [start + i for start, token_ids in zip(starts, new) for i in range(len(token_ids))]
         packed = to_device(ids + positions, self._device)
-        layout = TokenLayout([len(token_ids) for token_ids in new], starts, [row.block_table for row in rows])
+        tables = [self._cached[row.job.id].table for row in rows]
+        layout = TokenLayout([len(token_ids) for token_ids in new], starts, tables)
         context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
         return self.model.forward(packed[: len(ids)], packed[len(ids) :], context)
 
@@ -149,7 +153,7 @@ class DraftModel:
 
     def _find(self, row: Row) -> _Cached:
         """How far this model's cache is right for the row's known tokens, the newest left out: it gives the logits."""
-        job, most = row.job, row.start + len(row.token_ids) - 1
+        job, most, num_held = row.job, row.start + len(row.token_ids) - 1, 0
         cached = self._cached.get(job.id)
         if cached is None or cached.epoch != row.epoch:
             cached = self._cached[job.id] = _Cached(row.epoch, 0)
@@ -163,7 +167,11 @@ class DraftModel:
                 if cached.num_tokens >= most or job.token_ids[cached.num_tokens] != draft:
                     break
                 cached.num_tokens += 1
+                num_held += 1
+        if num_held < len(cached.drafts):
+            cached.table = []
         cached.drafts = []
+        cached.table[:] = row.block_table
         cached.num_tokens = min(cached.num_tokens, most)
         cached.num_signed = min(cached.num_signed, cached.num_tokens // self._block_size)
         return cached
