@@ -42,8 +42,8 @@ class Matcher:
 
     def __init__(self, core: Any, vocabulary: Vocabulary, sampling: SamplingParams, cost: Cost):
         special = set(vocabulary.special.values())
-        self.failure: str | None = None
-        """Why no token can be chosen any more: this output fails."""
+        self._failure: tuple[int, str] | None = None
+        """After how many tokens, and why."""
         self._core = core
         self._vocabulary = vocabulary
         self._sampling = sampling
@@ -53,10 +53,15 @@ class Matcher:
         )
         self._num_accepted = 0
 
+    @property
+    def failure(self) -> str | None:
+        """Why no token can be chosen here: this output fails."""
+        return None if self._failure is None or self._failure[0] > self._num_accepted else self._failure[1]
+
     def fork(self) -> Matcher:
         """Another one at the same place."""
         twin = Matcher(self._core.deep_copy(), self._vocabulary, self._sampling, self._cost)
-        twin.failure, twin._num_accepted = self.failure, self._num_accepted
+        twin._failure, twin._num_accepted = self._failure, self._num_accepted
         return twin
 
     @property
@@ -71,7 +76,7 @@ class Matcher:
     @property
     def is_complete(self) -> bool:
         """Whether nothing can be added."""
-        return self.failure is None and bool(self._core.is_stopped())
+        return self._failure is None and bool(self._core.is_stopped())
 
     def accept(self, token_id: int) -> None:
         """Follow a settled token that is no end."""
@@ -81,7 +86,7 @@ class Matcher:
 
     def num_legal(self, drafts: Sequence[int]) -> int:
         """How many of these tokens, from the first, could come next."""
-        return 0 if self.failure is not None else int(self._core.validate_tokens(list(drafts)))
+        return 0 if self._failure is not None else int(self._core.validate_tokens(list(drafts)))
 
     def mask(self, drafts: Sequence[int] = ()) -> bytes | None:
         """The tokens that may follow the accepted ones and then `drafts`: a bit each, the first the lowest of byte 0.
@@ -89,7 +94,7 @@ class Matcher:
         None: not needed, as the drafts go beyond what the grammar allows; or there is none (`failure` says why).
         The end is left out before `min_tokens`, and with `ignore_eos`, wherever something else is allowed.
         """
-        if self.failure is not None or any(token_id in self._end_ids for token_id in drafts):
+        if self._failure is not None or any(token_id in self._end_ids for token_id in drafts):
             return None
         started = time.thread_time()  # not the clock on the wall: a stopped or busy machine is not the grammar's fault
         num_taken = self._core.try_consume_tokens(list(drafts)) if drafts else 0
@@ -102,10 +107,10 @@ class Matcher:
         if error is not None:
             self._fail(f"the grammar became too complex for the output so far: {error}")
         elif mask is not None and not self._settle_end(mask, self._num_accepted + num_taken):
-            self._fail("the grammar has a dead end here: no token can follow, and the output may not end")
+            self._fail("the grammar has a dead end here: no token can follow, and the output may not end", num_taken)
         elif self._cost.is_too_high:
             self._fail(f"the grammar costs more than {1e3 * CPU_S_PER_TOKEN:g} ms a token; make it simpler")
-        return None if mask is None or self.failure is not None else bytes(mask)
+        return None if mask is None or self._failure is not None else bytes(mask)
 
     def _settle_end(self, mask: bytearray, num_output: int) -> bool:
         """Decide where the end is allowed. False when nothing is left."""
@@ -119,5 +124,5 @@ class Matcher:
                 mask[token_id >> 3] |= 1 << (token_id & 7)
         return may_end or has_more
 
-    def _fail(self, reason: str) -> None:
-        self.failure = " ".join(reason.split())[:400]
+    def _fail(self, reason: str, num_later: int = 0) -> None:
+        self._failure = self._num_accepted + num_later, " ".join(reason.split())[:400]

@@ -107,6 +107,8 @@ class TokenRunner:
         self._is_async = cache.device.type == "cuda"
         self._previous: tuple[list[Row], torch.Tensor] | None = None
         """Draws of the last submitted step and their token ids on the device."""
+        self._last: _Flight | None = None
+        """The last submitted step."""
         self._canary_logits: torch.Tensor | None = None
         self._graphs: DecodeGraphs | None = None
         if max_rows_in_graph:
@@ -131,6 +133,7 @@ class TokenRunner:
                 proposed = self._propose(batch.rows)
                 flight = self._compute(batch.rows, proposed)
             flight.began_s, flight.is_typical = began_s, proposed.is_typical
+            self._last = flight
             return flight
         except torch.AcceleratorError as error:
             raise DeviceFault(f"the device failed: {error}") from error
@@ -250,6 +253,8 @@ class TokenRunner:
         if draws:
             proposals = _proposals(rows, proposed) if self._rejects else None
             pending_R = None if pending_R is None else pending_R[:num_draws]
+            if pending_R is not None:
+                self._reveal(draws)
             sampled = self._sampler.sample(logits_RV[:num_draws], draws, pending_R, proposals=proposals)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -278,6 +283,19 @@ class TokenRunner:
                 ids[at] = 0
         to_P, of_P = to_device(to + of, self.device).split(len(to))
         return to_P, token_ids_R[of_P]
+
+    def _reveal(self, draws: list[Row]) -> None:
+        """Tell constrained rows what their PENDING token is. It waits for the step before; this one's forward is queued
+        by now, so the device computes while the host makes the masks."""
+        waiting = [row for row in draws if row.token_ids[-1] == PENDING and row.job.matcher is not None]
+        if not waiting:
+            return
+        assert self._last is not None
+        if self._last.done is not None:
+            self._last.done.synchronize()
+        known = dict(zip((row.job.id for row in self._last.draws), self._last.token_ids_R.tolist()))
+        for row in waiting:
+            row.newest = known[row.job.id]
 
     def _score_prompt(self, at: int, rows: list[Row], num_new: list[int], hidden_TD: torch.Tensor) -> _PromptScores:
         """The log-probability of each prompt token that follows one of this row's positions."""

@@ -142,10 +142,8 @@ class Sequence(Job):
             return 0  # where it goes on is not known yet
         if self.num_pending and self.num_scheduled == self.num_to_compute:
             return 0  # the pending token is the last one
-        if self.num_pending and self.matcher is not None:
-            return 0  # what may come next depends on a token that is not known here
-        if self.num_pending > 1 and self.sampling.needs_history:
-            return 0  # penalties count known tokens and the newest, which is on the device; here is a gap between them
+        if self.num_pending > 1 and (self.sampling.needs_history or self.matcher is not None):
+            return 0  # penalties and grammars follow the known tokens and the newest; here is a gap between them
         return len(self.token_ids) + self.num_pending - self.num_scheduled
 
     def num_draftable(self, most: int) -> int:
@@ -209,6 +207,8 @@ class Row:
     """More than 0: instead of drawing a token, find so many of the likeliest, with log-probabilities (a beam)."""
     drafts: list[int] = field(default_factory=list)
     """The tokens proposed, by the runner. Each wants logits too: the row samples after every one of them."""
+    newest: int | None = None
+    """What PENDING stands for, told by the runner where a grammar has to know."""
 
     def after(self, num_drafts: int) -> Row:
         """One draw: this row as if its first `num_drafts` drafts, and no others, were its newest tokens.

@@ -19,11 +19,13 @@ from serve.transfer import copy_to_device, to_device
 
 
 def mask_tokens_(scores_RV: torch.Tensor, rows: Seq[Row]) -> None:
-    """Overwrite the scores of tokens that the rows' grammars rule out after the rows' drafts."""
+    """Overwrite the scores of tokens that the rows' grammars rule out after their drafts, or their newest token."""
     at: list[int] = []
     masks: list[bytes] = []
     for i, row in enumerate(rows):
-        mask = None if row.job.matcher is None else row.job.matcher.mask(row.drafts)
+        if row.job.matcher is None:
+            continue
+        mask = row.job.matcher.mask(row.drafts if row.newest is None else [row.newest])
         if mask is not None:
             at.append(i)
             masks.append(mask)

@@ -156,6 +156,18 @@ def test_speculation_changes_no_constrained_output(method):
     assert num_accepted > 0
 
 
+def test_a_constrained_sequence_gets_a_token_from_every_overlapped_step(folder):
+    """With one step in flight its newest token is known to the runner only, which is enough for the mask."""
+    engine = build(folder, depth=1)
+    one = sequence(folder, [1, 2], "regex", "[a-z]{60}")
+    engine.submit(one)
+    num_steps = 0
+    while engine.step():
+        num_steps += 1
+    assert one.finish_reason is FinishReason.STOP
+    assert num_steps <= one.num_output + 4
+
+
 def test_a_complete_output_ends_without_an_end_token(folder):
     (one,) = run(build(folder), sequence(folder, [1, 2], "choice", ["yes"]))
     assert text(folder, one) == "yes"
