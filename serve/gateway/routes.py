@@ -14,6 +14,7 @@ from serve.gateway.image_endpoint import ImageEndpoint
 from serve.gateway.prompts import encode_chat, encode_text
 from serve.gateway.service import Service
 from serve.gateway.text_endpoint import CHAT, COMPLETIONS, TextEndpoint
+from serve.gateway.tool_use import need_tools_shown
 from serve.gateway.wire import encode_json
 from serve.request import ModelCard
 
@@ -77,6 +78,8 @@ def api_routes(service: Service) -> APIRouter:
         elif body.add_special_tokens:
             raise InvalidRequest("the chat template writes the special tokens", param="add_special_tokens")
         else:
+            if body.tools:
+                need_tools_shown(card, tokenizer)
             ids = await encode_chat(body, tokenizer, body.tools)
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids}
         answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None

@@ -81,12 +81,7 @@ def tool_use(body: Any, card: ModelCard, tokenizer: Tokenizer) -> ToolUse | None
     choice = _choice(body)
     if choice.mode == "none":
         return None
-    if not tokenizer.shows_tools:
-        raise InvalidRequest(
-            f"the chat template of {card.name} leaves tools out, so the model would not see them; use a model made "
-            "for tools, or give it another template with --chat-template",
-            param="tools",
-        )
+    need_tools_shown(card, tokenizer)
     written = call_format(card.tool_call_parser, tokenizer.chat_template)
     if written is None:
         raise InvalidRequest(
@@ -102,6 +97,16 @@ def tool_use(body: Any, card: ModelCard, tokenizer: Tokenizer) -> ToolUse | None
         short_ids=written.short_ids,
     )
     return replace(own, format=LIST) if own.is_forced and not written.trigger else own
+
+
+def need_tools_shown(card: ModelCard, tokenizer: Tokenizer) -> None:
+    """Raise InvalidRequest when the model would never see a tool."""
+    if not tokenizer.shows_tools:
+        raise InvalidRequest(
+            f"the chat template of {card.name} leaves tools out, so the model would not see them; use a model made "
+            "for tools, or give it another template with --chat-template",
+            param="tools",
+        )
 
 
 def _choice(body: Any) -> ToolChoice:

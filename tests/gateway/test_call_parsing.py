@@ -373,6 +373,18 @@ def test_markers_are_found_across_cuts():
         assert seen == [*"x<<ab", "<abc>"] and finder.finish() == ""
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["<", "<tool_", "call>", "</tool_call>", "x", " "]), max_size=40))
+def test_a_finder_holds_back_less_than_a_marker(parts):
+    """So each character is looked at a bounded number of times."""
+    finder = MarkerFinder(("<tool_call>", "</tool_call>"))
+    for part in parts:
+        at = 0
+        while at < len(part):
+            _, _, at = finder.find(part, at)
+        assert len(finder._held) < len("</tool_call>")
+
+
 def test_every_format_can_be_named_as_in_vllm():
     hints = typing.get_type_hints(ModelOptions)
     assert set(typing.get_args(hints["tool_call_parser"])) == {"auto", "none", *FORMATS, *ALIASES}

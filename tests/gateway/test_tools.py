@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import openai
 import pytest
 from gateway_fakes import CHAT_TEMPLATE, TOOL_TEMPLATE, FakeBackend, call, card, fake_gateway, ids, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from models.embedded.paths import EMBEDDED
+from serve.gateway.parsing.formats import call_format
 from serve.gateway.server import GatewayServer
 from serve.options import GatewayOptions
+from serve.text.tokenizer import Tokenizer, TokenizerBundle
 
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -449,6 +454,11 @@ def test_reasoning_goes_back_to_the_template():
     assert tokenizer().decode(backend.requests[0].prompt_token_ids).endswith("because")
 
 
+def test_the_embedded_model_does_not_pretend_to_know_tools():
+    embedded = Tokenizer(TokenizerBundle.from_folder(Path(EMBEDDED["tandem-text"])))
+    assert not embedded.shows_tools and call_format("auto", embedded.chat_template) is None
+
+
 def test_tokenize_counts_the_tools():
     async def scenario():
         async with fake_gateway(says("x")) as gateway:
@@ -457,8 +467,12 @@ def test_tokenize_counts_the_tools():
             wrong = await call(gateway, "/tokenize", {"prompt": "x", "tools": [WEATHER]})
             return plain.json()["count"], full.json()["count"], wrong.status
 
+    async def unseen():
+        async with fake_gateway() as gateway:
+            return (await call(gateway, "/tokenize", {"messages": [USER], "tools": [WEATHER]})).status
+
     plain, full, wrong = asyncio.run(scenario())
-    assert full > plain + 50 and wrong == 400
+    assert full > plain + 50 and wrong == 400 and asyncio.run(unseen()) == 400
 
 
 JSON = st.recursive(
@@ -522,3 +536,25 @@ def test_openais_client_plays_a_whole_round():
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Zürich"}
     assert done.usage.completion_tokens == len(ids(TWO_CALLS))
     assert last.choices[0].message.content == "It is sunny."
+
+
+def test_openais_client_parses_arguments_into_a_model():
+    class GetWeather(BaseModel):
+        city: str
+
+    text = '<tool_call>{"name": "GetWeather", "arguments": {"city": "Bern"}}</tool_call>'
+
+    async def scenario():
+        async with fake_gateway(says(text)) as gateway:
+            server = GatewayServer(gateway.app, GatewayOptions(port=0), gateway.drain)
+            _, port = await server.start()
+            try:
+                async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+                    return await client.chat.completions.parse(
+                        model="tiny", messages=[USER], tools=[openai.pydantic_function_tool(GetWeather)]
+                    )
+            finally:
+                await server.aclose()
+
+    done = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert done.choices[0].message.tool_calls[0].function.parsed_arguments == GetWeather(city="Bern")
