@@ -90,6 +90,8 @@ class ChatFormat:
         if piece.finish_reason is not None:
             finish = self._chunk(piece.index, {}, None)
             finish["choices"][0] |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+            if piece.score is not None:
+                finish["choices"][0]["beam_score"] = piece.score
             chunks.append(finish)
         return chunks
 
@@ -106,6 +108,8 @@ class ChatFormat:
             }
             if self._body.return_token_ids:
                 choice["token_ids"] = [token_id for piece in own for token_id in piece.token_ids]
+            if own[-1].score is not None:
+                choice["beam_score"] = own[-1].score
             choices.append(choice)
         answer = {**self._envelope.answer(), "choices": choices, "usage": usage(generation.tokens())}
         if self._body.service_tier is not None:

@@ -28,6 +28,8 @@ class Piece:
     stop_reason: str | int | None = None
     """The stop string or token id of the request that ended it (vLLM's extra)."""
     parsed: tuple[Parsed, ...] = ()
+    score: float | None = None
+    """Of a beam's output, on its last piece."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +121,8 @@ class Choice:
         if reason == "stop" and self._has_called:
             reason = "tool_calls"
         asked_for = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
-        return Piece(self.index, text, end, logprobs, reason, asked_for if stop is None else stop, tuple(parsed))
+        stopped_by = asked_for if stop is None else stop
+        return Piece(self.index, text, end, logprobs, reason, stopped_by, tuple(parsed), finished.score)
 
     def _parse(self, text: str, parsed: list[Parsed], *, num_tokens: int = 0) -> bool:
         """Add what the text of so many tokens means. Whether the answer is over: it was to end with its first call."""

@@ -73,6 +73,8 @@ class CompletionFormat:
             choice["token_ids"] = piece.token_ids
             if is_first:
                 choice["prompt_token_ids"] = self._prompt(piece.index).ids
+        if piece.score is not None:
+            choice["beam_score"] = piece.score
         return [{**self._envelope.chunk(), "choices": [choice]}]
 
     def whole(self, pieces: dict[int, list[Piece]], generation: TextGeneration) -> dict[str, Any]:
@@ -93,6 +95,8 @@ class CompletionFormat:
             if self._body.return_token_ids:
                 choice["token_ids"] = [token_id for piece in own for token_id in piece.token_ids]
                 choice["prompt_token_ids"] = self._prompt(index).ids
+            if own[-1].score is not None:
+                choice["beam_score"] = own[-1].score
             choices.append(choice)
         return {**self._envelope.answer(), "choices": choices, "usage": usage(generation.tokens())}
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import InvalidRequest
+from serve.gateway.beams import beams_of
 from serve.gateway.choices import Choice, TextOptions
 from serve.gateway.prompts import Prompt, max_tokens_of, room_for
 from serve.gateway.reading import Reading
 from serve.gateway.service import Caller
 from serve.gateway.text_generation import Part
-from serve.request import Grammar, ModelCard, SamplingParams, TextRequest
+from serve.request import BeamParams, Grammar, ModelCard, SamplingParams, TextRequest
+from serve.text.beam_params import check_beams
 from serve.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
@@ -66,10 +68,17 @@ def plan(
     )
     seed = body.seed if body.seed is not None else secrets.randbits(64)
     ends_itself = bool(options.stops) or (asked.reading is not None and asked.reading.ends_with_call)
+    beams = beams_of(body)
+    if beams is not None and ends_itself and n > 1:
+        raise InvalidRequest(
+            "parallel_tool_calls false cannot be combined with several beams' outputs; use n 1", param="n"
+        )
     per_part = 1 if ends_itself else n
     parts = []
     for number, prompt in enumerate(prompts):
-        sampling = _sampling(body, prompt, asked, card, tokenizer.generation_config)
+        sampling = _sampling(body, prompt, asked, card, tokenizer.generation_config, beams)
+        if beams is not None:
+            check_beams(sampling, beams, num_returned=n)
         for first in range(0, n, per_part):
             indices = range(number * n + first, number * n + first + per_part)
             request = TextRequest(
@@ -102,7 +111,16 @@ def _check(body: Any, num_choices: int, card: ModelCard) -> None:
             raise InvalidRequest(f"{name} names token {max(ids)}; {card.name} has {card.vocab_size}", param=name)
 
 
-def _sampling(body: Any, prompt: Prompt, asked: Asked, card: ModelCard, defaults: Mapping[str, Any]) -> SamplingParams:
+def _sampling(
+    body: Any,
+    prompt: Prompt,
+    asked: Asked,
+    card: ModelCard,
+    defaults: Mapping[str, Any],
+    beams: BeamParams | None,
+) -> SamplingParams:
+    """With beams the model's own way to draw has no say."""
+    of_draws: Mapping[str, Any] = defaults if beams is None else {}
     room = room_for(prompt, body, card)
     wanted = max_tokens_of(body)
     max_tokens = max(1, wanted) if wanted is not None else min(room, asked.default_max_tokens or room)
@@ -114,10 +132,10 @@ def _sampling(body: Any, prompt: Prompt, asked: Asked, card: ModelCard, defaults
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=_value(body, "temperature", defaults),
-        top_k=max(0, int(_value(body, "top_k", defaults))),
-        top_p=_value(body, "top_p", defaults),
-        min_p=_value(body, "min_p", defaults),
+        temperature=_value(body, "temperature", of_draws),
+        top_k=max(0, int(_value(body, "top_k", of_draws))),
+        top_p=_value(body, "top_p", of_draws),
+        min_p=_value(body, "min_p", of_draws),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_value(body, "repetition_penalty", defaults),
@@ -126,6 +144,7 @@ def _sampling(body: Any, prompt: Prompt, asked: Asked, card: ModelCard, defaults
         ignore_eos=bool(body.ignore_eos),
         logprobs=asked.logprobs,
         grammar=asked.grammar,
+        beams=beams,
     )
 
 

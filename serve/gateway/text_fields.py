@@ -9,10 +9,12 @@ from __future__ import annotations
 from functools import partial
 
 from serve.gateway import values as v
+from serve.gateway.beams import MOST_BEAMS
 from serve.gateway.field import CHAT, COMPLETIONS, accepted, honoured, refused
 from serve.gateway.messages import Messages
 from serve.gateway.structured import ResponseFormat, StructuredOutputs
 from serve.gateway.tools import MAX_TOOLS, Choice, Tools
+from serve.text.beam_params import MOST_LENGTH_PENALTY
 
 _BOTH = (CHAT, COMPLETIONS)
 _honoured = partial(honoured, on=_BOTH)
@@ -140,6 +142,51 @@ TEXT_FIELDS = (
     ),
     _honoured(
         "seed", v.Int(-(1 << 63), (1 << 64) - 1) | None, "Same seed and request, same tokens. Default: drawn.", 7
+    ),
+    # Beam search: likely outputs are searched for instead of drawn
+    _honoured(
+        "num_beams",
+        v.Int(1, MOST_BEAMS) | None,
+        "Beams of transformers' beam search; the n best are returned, with beam_score. 1 is no search. Needs "
+        "temperature 0, 1 or none, no top_p, top_k, min_p or stop; logprobs only of the chosen tokens.",
+        4,
+        by="tandem",
+    ),
+    _honoured(
+        "num_beam_groups",
+        v.Int(1, MOST_BEAMS) | None,
+        "Diverse beam search: groups of equally many beams; needs diversity_penalty, not with repetition_penalty.",
+        2,
+        by="tandem",
+    ),
+    _honoured(
+        "diversity_penalty",
+        v.Num(0, 100) | None,
+        "What a token costs for every beam of an earlier group that chooses it in the same step.",
+        0.5,
+        by="tandem",
+    ),
+    _honoured(
+        "length_penalty",
+        v.Num(-MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY) | None,
+        "beam_score is the sum of log-probabilities over length ** length_penalty. Default 1.",
+        0.8,
+        by="vllm",
+    ),
+    _honoured(
+        "early_stopping",
+        v.EarlyStopping | None,
+        'With num_beams outputs finished: true ends; false (default) ends when none is likely to be better, "never" '
+        "when none can be.",
+        True,
+        by="vllm",
+    ),
+    _honoured(
+        "use_beam_search",
+        bool | None,
+        "As in vLLM: beam search with n beams, all returned; num_beams may be more than n.",
+        True,
+        by="vllm",
     ),
     # What comes back
     _honoured("stream", bool | None, "Server-sent events instead of one answer.", True),
@@ -271,9 +318,6 @@ TEXT_FIELDS = (
     _refused("suffix", "text cannot be inserted before a suffix", "", on=(COMPLETIONS,)),
     _refused("best_of", "choices are not generated beyond n; raise n", 1, on=(COMPLETIONS,)),
     _refused("best_of", "choices are not generated beyond n; raise n", 1, on=(CHAT,), by="vllm"),
-    _refused("use_beam_search", "beam search is not supported", False, by="vllm"),
-    _refused("length_penalty", "it belongs to beam search, which is not supported", 1.0, by="vllm"),
-    _refused("early_stopping", "it belongs to beam search, which is not supported", False, by="vllm"),
     _refused("allowed_token_ids", "use logit_bias", by="vllm"),
     _refused("bad_words", "use logit_bias with token ids", [], by="vllm"),
     _refused("logprob_token_ids", "use logprobs with alternatives", by="vllm"),

@@ -135,6 +135,19 @@ Stop = Annotated[
 ]
 
 
+def _early_stopping(value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "never":
+        raise wrong('must be true, false or "never"')
+    return value
+
+
+EarlyStopping = Annotated[
+    bool | Literal["never"],
+    PlainValidator(_early_stopping),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}]}),
+]
+
+
 def _prompt(value: Any) -> list[str] | list[list[int]]:
     """Prompts of one kind: texts, or lists of token ids."""
     if isinstance(value, str):

@@ -61,6 +61,15 @@ class Beam(Sequence):
             return 0
         return len(self.token_ids) - self.num_scheduled
 
+    def take(self, candidates: Candidates | None, kv_cache: KVCache) -> Update[Sequence] | None:
+        """A step of it is settled, and its candidates are found if that was the last of what is known."""
+        self.copy = None
+        if candidates is None:
+            return None
+        self.num_pending -= 1
+        self.candidates = candidates
+        return self.group.advance(kv_cache)
+
     def forget_progress(self) -> None:
         Sequence.forget_progress(self)
         self.candidates = self.copy = None

@@ -34,13 +34,12 @@ from serve.engine.interface import Update
 from serve.engine.job import Job, Status
 from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
 from serve.events import FinishReason
-from serve.text.beam import Candidates
 from serve.text.beam_group import Beam, BeamGroup
 from serve.text.claims import Claims
 from serve.text.draft_length import DraftLength
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
-from serve.text.sequence import PENDING, Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
+from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
 
 WATERMARK = 0.03
 """Share of the blocks left free at admission. vLLM's preemptions fell from 1065 to 187 in a memory-bound run with 0.05
@@ -145,20 +144,8 @@ class TokenScheduler:
             return None
         drafts = self._plan_drafts(plan, num_drafts) if num_drafts else {}
         step, self._step = self._step, self._step + 1
-        rows = []
         shares = (share for job, num_new in plan.items() for share in job.split(num_new))
-        for seq, num_new in shares:
-            ids, start = seq.token_ids, seq.num_scheduled
-            end = start + num_new
-            samples = end == len(ids) + seq.num_pending and seq.sampling.max_tokens > 0
-            scores = seq.prompt_logprobs is not None and start < seq.num_prompt - 1 and not seq.is_scored
-            new_ids = ids[start:end] if start < len(ids) else [PENDING]
-            row = Row(seq, seq.epoch, new_ids, start, seq.blocks, samples, end, scores, drafts.get(seq, 0))
-            row.num_candidates = seq.num_candidates
-            rows.append(row)
-            seq.num_scheduled = end
-            seq.num_pending += samples
-            seq.last_step = step
+        rows = [seq.next_row(num_new, step, drafts.get(seq, 0)) for seq, num_new in shares]
         return TokenBatch(step, rows, [row.job.copy for row in rows if isinstance(row.job, Beam) and row.job.copy])
 
     def _plan(self, num_drafts: int) -> dict[Sequence, int]:
@@ -335,7 +322,11 @@ class TokenScheduler:
             if end >= (seq.num_published + 1) * block_size:
                 self._publish(seq)
             if isinstance(seq, Beam):
-                updates += self._advance(seq, output.candidates.get(i))
+                update = seq.take(output.candidates.get(i), self.kv_cache)
+                if update is not None:
+                    updates.append(update)
+                    if update.finish is not None:
+                        self._release(update.job)
                 continue
             assert bool(sampled) == row.samples
             prompt_logprobs = None if seq.prompt_logprobs is None else seq.take_scores(row.start, scores)
@@ -360,20 +351,6 @@ class TokenScheduler:
         if self.draft_length is not None:
             self.draft_length.observe(batch, output)
         return updates
-
-    def _advance(self, beam: Beam, candidates: Candidates | None) -> list[Update[Sequence]]:
-        """Take in what may follow a beam. With the last one of its group the search takes a step."""
-        beam.copy = None
-        if candidates is None:
-            return []
-        beam.num_pending -= 1
-        beam.candidates = candidates
-        update = beam.group.advance(self.kv_cache)
-        if update is None:
-            return []
-        if update.finish is not None:
-            self._release(update.job)
-        return [update]
 
     def _settle_drafts(self, seq: Sequence, row: Row, num_accepted: int, num_kept: int) -> None:
         """The positions of accepted drafts are computed; the others' will be written again, their blocks come free."""

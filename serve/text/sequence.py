@@ -146,6 +146,28 @@ class Sequence(Job):
             return 0  # penalties and grammars follow the known tokens and the newest; here is a gap between them
         return len(self.token_ids) + self.num_pending - self.num_scheduled
 
+    def next_row(self, num_new: int, step: int, num_drafts: int) -> Row:
+        """Schedule its next `num_new` positions."""
+        ids, start = self.token_ids, self.num_scheduled
+        end = start + num_new
+        samples = end == len(ids) + self.num_pending and self.sampling.max_tokens > 0
+        scores = self.prompt_logprobs is not None and start < self.num_prompt - 1 and not self.is_scored
+        self.num_scheduled = end
+        self.num_pending += samples
+        self.last_step = step
+        return Row(
+            self,
+            self.epoch,
+            ids[start:end] if start < len(ids) else [PENDING],
+            start,
+            self.blocks,
+            samples,
+            end,
+            scores,
+            num_drafts,
+            self.num_candidates,
+        )
+
     def num_draftable(self, most: int) -> int:
         """Drafts, up to `most`, that a decode has use for: with the token after them its output is full."""
         return min(most, self.num_to_compute - len(self.token_ids) - self.num_pending) if self.may_speculate else 0

@@ -21,7 +21,12 @@ BASE = {
     "completions": {"model": "tiny", "prompt": "hi", "max_tokens": 4},
     "images": {"model": "painter", "prompt": "a red circle"},
 }
+BEAMS = {"num_beams": 4}
 NEEDS = {
+    "num_beam_groups": BEAMS | {"diversity_penalty": 0.5},
+    "diversity_penalty": BEAMS | {"num_beam_groups": 2},
+    "length_penalty": BEAMS,
+    "early_stopping": BEAMS,
     "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True},
     "continue_final_message": {"messages": [{"role": "assistant", "content": "hi"}]},

@@ -90,7 +90,7 @@ BAD_VALUES = [
     ("stream_options", {"include_usage": True}), ("stream_options", {"other": 1}), ("user", 5), ("user", "x" * 1025),
     ("priority", 10**6), ("cache_salt", ""), ("cache_salt", "x" * 1025), ("request_id", "a b"), ("request_id", ""),
     ("timeout", 0), ("timeout", -1), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("model", 5),
-    ("truncation_side", "middle"), ("model", ""), ("best_of", 2), ("use_beam_search", True), ("temperature", {}),
+    ("truncation_side", "middle"), ("model", ""), ("best_of", 2), ("temperature", {}),
 ]  # fmt: skip
 
 

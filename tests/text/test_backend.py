@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from fake_backend import card
-from token_device import EOS, VOCAB, TokenDevice, logprob_of, tokens_alone
+from token_device import EOS, VOCAB, RandomLength, TokenDevice, beams_alone, logprob_of, tokens_alone
 
 from serve.engine.engine import Engine
 from serve.errors import ContextTooLong, Draining, EngineDead, InvalidRequest, Overloaded, RequestFailed
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
-from serve.request import SamplingParams, TextRequest
+from serve.request import BeamParams, SamplingParams, TextRequest
 from serve.text.backend import TextBackend
 from serve.text.kv_cache import KVCache
 from serve.text.scheduler import TokenScheduler
@@ -337,5 +337,49 @@ def test_serving_from_the_engines_own_thread():
             assert [ids_of(events, index) for index in range(2)] == [expected(seed), expected(seed + 1)]
         await setup.backend.aclose()
         assert setup.is_idle
+
+    run(test)
+
+
+def test_a_beam_request_is_one_job_with_its_best_hypotheses_as_choices():
+    async def test() -> None:
+        setup = Setup()
+        sampling = {"beams": BeamParams(num_beams=3), "ignore_eos": False, "logprobs": 0}
+        events = await setup.read(await setup.backend.submit(request(n=2, **sampling)))
+        params = SamplingParams(**{"max_tokens": 6, "seed": 5} | sampling)
+        for index, found in enumerate(beams_alone(list(PROMPT), params)[:2]):
+            is_stopped = found.reason is FinishReason.STOP
+            assert ids_of(events, index) == list(found.tokens[: len(found.tokens) - is_stopped])
+            (end,) = (event for event in events if isinstance(event, Finished) and event.index == index)
+            assert (end.reason, end.score) == (found.reason, found.score)
+            assert end.usage == Usage(len(PROMPT), len(found.tokens), 0)
+            assert end.stop_token_id == (found.tokens[-1] if is_stopped else None)
+        assert setup.is_idle
+
+    run(test)
+
+
+def test_the_settled_part_of_one_hypothesis_is_streamed():
+    async def test() -> None:
+        setup = Setup()
+        sampling = {"beams": BeamParams(num_beams=2), "max_tokens": 24}
+        events = await setup.read(await setup.backend.submit(request(**sampling)))
+        (found, _) = beams_alone(list(PROMPT), SamplingParams(**{"ignore_eos": True, "seed": 5} | sampling))
+        assert ids_of(events) == list(found.tokens)
+        assert sum(isinstance(event, TokenDelta) for event in events) > 1
+
+    run(test)
+
+
+def test_drafts_change_no_token_and_the_usage_tells_them():
+    async def test():
+        setup = Setup()
+        setup.scheduler.draft_length = RandomLength(4)
+        events = await setup.read(await setup.backend.submit(request(max_tokens=40)))
+        assert ids_of(events) == expected(5, max_tokens=40)
+        used = events[-1].usage
+        assert used.completion_tokens == 40 and used.accepted_tokens > 0 and used.rejected_tokens > 0
+        num_drafted = sum(batch.rows[0].num_drafts for batch in setup.device.batches)
+        assert used.accepted_tokens + used.rejected_tokens == num_drafted
 
     run(test)
