@@ -70,11 +70,12 @@ def _build_text(
     observer.follow("tandem_prefix_cache_hits_tokens_total", lambda: scheduler.num_prefix_hit_tokens)
     observer.follow("tandem_kv_cache_usage_ratio", lambda: backend.load().memory)
     if isinstance(scheduler.draft_length, AdaptiveLength):
-        _follow_speculation(observer, scheduler.draft_length)
+        follow_speculation(observer, scheduler.draft_length)
     return Served(backend, bundle.files)
 
 
-def _follow_speculation(observer: EngineObserver, length: AdaptiveLength) -> None:
+def follow_speculation(observer: EngineObserver, length: AdaptiveLength) -> None:
+    """Metrics of how drafts fare."""
     acceptance = length.acceptance
     observer.follow("tandem_speculation_drafted_tokens_total", lambda: acceptance.num_drafted)
     observer.follow("tandem_speculation_accepted_tokens_total", lambda: acceptance.num_accepted)

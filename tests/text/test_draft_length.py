@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from serve.metrics import EngineObserver, Recorder
+from serve.replica import follow_speculation
 from serve.request import SamplingParams
 from serve.text.draft_length import FIRST_PROBES_S, PROBE_SHARE, AdaptiveLength
 from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput
@@ -156,3 +158,18 @@ def test_counters_tell_acceptance_by_position():
     assert acceptance.num_accepted == sum(acceptance.by_position) <= acceptance.num_drafted
     assert acceptance.by_position == sorted(acceptance.by_position, reverse=True)
     assert acceptance.mean_length == 1 + acceptance.num_accepted / acceptance.num_rows
+
+
+def test_the_metrics_follow_the_counters():
+    recorder = Recorder("replica-0", "replica")
+    machine = Machine(flat, 0.9)
+    follow_speculation(EngineObserver(recorder, "m"), machine.length)
+    machine.run(100, 2)
+    values = {(series.name, *series.labels[1:]): series.values[0] for series in recorder.snapshot().series}
+    acceptance, prefix = machine.length.acceptance, "tandem_speculation_"
+    assert values[prefix + "drafted_tokens_total",] == acceptance.num_drafted > 0
+    assert values[prefix + "accepted_tokens_total",] == acceptance.num_accepted > 0
+    assert values[prefix + "mean_accepted_tokens",] == acceptance.mean_length
+    assert values[prefix + "draft_tokens",] == machine.chosen[-1]
+    for place, number in enumerate(acceptance.by_position, start=1):
+        assert values[prefix + "accepted_at_position_tokens_total", str(place)] == number

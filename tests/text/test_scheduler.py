@@ -410,3 +410,106 @@ def test_what_just_fits_is_accepted():
         while run_step(scheduler):
             pass
         assert scheduler.load() == Load()
+
+
+# drafts
+
+
+class Drafting:
+    """A `DraftLength` that always wants the same."""
+
+    def __init__(self, num_drafts: int):
+        self.num_drafts = num_drafts
+
+    def choose(self, num_rows: int) -> int:
+        return self.num_drafts
+
+    def observe(self, batch: TokenBatch, output: TokenOutput) -> None: ...
+
+
+def verify(scheduler: TokenScheduler, sampled: tuple[int, ...], drafts: list[int]) -> TokenBatch:
+    """A step of one row, as if the runner had drafted and drawn these."""
+    batch = scheduler.schedule()
+    assert batch is not None and len(drafts) <= batch.rows[0].num_drafts
+    batch.rows[0].drafts = drafts
+    scheduler.update(batch, TokenOutput([sampled], [None], [None]))
+    return batch
+
+
+def drafts(batch: TokenBatch | None) -> dict[str, int]:
+    return {} if batch is None else {row.job.id: row.num_drafts for row in batch.rows}
+
+
+def test_accepted_drafts_are_computed_and_rejected_ones_leave_no_block():
+    scheduler = make_scheduler(draft_length=Drafting(6))
+    job = sequence([1] * 3, "a", max_tokens=40)
+    add(scheduler, job)
+    run_step(scheduler, 2)
+    assert (len(job.token_ids), len(job.blocks)) == (4, 1)
+    batch = verify(scheduler, (5, 6, 9), [5, 6, 7, 8, 8, 8])
+    assert drafts(batch) == {"a": 6} and batch.num_tokens == 7
+    assert (job.num_computed, job.num_scheduled, len(job.token_ids), len(job.blocks)) == (6, 6, 7, 2)
+    assert (job.num_drafted, job.num_accepted) == (6, 2)
+    verify(scheduler, (3,), [1, 1, 1, 1, 1, 1])
+    assert (job.num_computed, len(job.token_ids), len(job.blocks)) == (7, 8, 2)
+
+
+def test_rejected_drafts_are_never_cached():
+    scheduler = make_scheduler(draft_length=Drafting(6))
+    job = sequence([1] * 3, "a", max_tokens=40)
+    add(scheduler, job)
+    run_step(scheduler, 2)
+    verify(scheduler, (9,), [5, 6, 7, 8, 8, 8])
+    scheduler.kv_cache.extend_hashes(hashes := [], [1, 1, 1, 2, 5, 6, 7, 8], "")
+    assert len(scheduler.kv_cache.find(hashes)) == job.num_published == 1
+
+
+def test_drafts_end_where_the_output_is_full_and_at_an_end_token():
+    scheduler = make_scheduler(draft_length=Drafting(6))
+    short, stopping = sequence([1], "a", max_tokens=4), sequence([1], "b", max_tokens=30, stop_token_ids=(7,))
+    add(scheduler, short)
+    run_step(scheduler, 2)
+    assert drafts(verify(scheduler, (5, 5, 5), [5, 5])) == {"a": 2}
+    assert short.token_ids == [1, 2, 5, 5, 5]
+    add(scheduler, stopping)
+    run_step(scheduler, 2)
+    verify(scheduler, (5, 7, 5, 5), [5, 7, 5, 6])
+    assert stopping.token_ids == [1, 2, 5] and stopping.stop_token_id == 7
+    assert scheduler.kv_cache.num_free == scheduler.kv_cache.num_blocks
+
+
+def test_drafts_take_what_decodes_and_prefills_leave_of_the_budget():
+    scheduler = make_scheduler(max_num_batched_tokens=8, draft_length=Drafting(5))
+    add(scheduler, sequence([1], "a", max_tokens=40), sequence([1], "b", max_tokens=40))
+    run_step(scheduler, 2)
+    batch = scheduler.schedule()
+    assert drafts(batch) == {"a": 5, "b": 1} and batch.num_tokens == 8
+    settle(scheduler, batch)
+    add(scheduler, sequence([3] * 5, "c"))
+    batch = scheduler.schedule()
+    assert drafts(batch) == {"a": 1, "b": 0, "c": 0} and batch.num_tokens == 8
+
+
+def test_nobody_is_preempted_for_a_draft_and_without_free_blocks_there_is_none():
+    scheduler = make_scheduler(num_blocks=2, draft_length=Drafting(5))
+    job, other = sequence([1] * 2, "a", max_tokens=4), sequence([1] * 3, "b", max_tokens=2)
+    add(scheduler, job, other)
+    run_step(scheduler, 2)
+    assert len(job.blocks) + len(other.blocks) == 2
+    batch = scheduler.schedule()
+    assert drafts(batch) == {"a": 1, "b": 0}, "what its own block has room for"
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_sequence_waits_for_its_drafts_and_drafts_wait_for_its_newest_token():
+    scheduler = make_scheduler(draft_length=Drafting(0))
+    job = sequence([1] * 3, "a", max_tokens=40)
+    add(scheduler, job)
+    first = scheduler.schedule()
+    scheduler.draft_length.num_drafts = 3
+    assert scheduler.schedule() is None, "its newest token is not known"
+    settle(scheduler, first)
+    second = scheduler.schedule()
+    assert drafts(second) == {"a": 3} and scheduler.schedule() is None
+    scheduler.abandon(second)
+    assert (job.num_scheduled, len(job.blocks), job.has_drafts) == (3, 1, False)
