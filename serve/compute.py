@@ -19,6 +19,11 @@ brings."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h."""
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+"""From Linux's mman.h; the second since 6.1."""
+_HUGE_PAGE = 2 << 20
+_LEAST_REGION = 32 << 20
+"""Bytes of a region worth the call; stacks and small heaps stay as they are."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,6 +68,28 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
+def use_huge_pages() -> None:
+    """Put what this process holds now, its weights, on pages of 2 MiB: every token reads them all, and with pages of 4
+    KiB their addresses have to be looked up again and again.
+
+    9 to 11 % more bytes a second from packed bfloat16 weights (12 layers of Qwen3 0.6B, 4 rows, in turns with the same
+    on small pages; two threads, virtual machine, Intel Xeon); half a second a GB, once. Linux before 6.1 does it in the
+    background. Where it cannot be done nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
+            lines = [line.split() for line in file]
+        for span, access, _, _, inode, *name in lines:
+            if access == "rw-p" and inode == "0" and name in ([], ["[heap]"]):
+                start, end = (int(address, 16) for address in span.split("-"))
+                start, end = start + -start % _HUGE_PAGE, end - end % _HUGE_PAGE
+                if end - start >= _LEAST_REGION:
+                    madvise(start, end - start, _MADV_HUGEPAGE)
+                    madvise(start, end - start, _MADV_COLLAPSE)
 
 
 def settle_threads(options: ModelOptions, threads: int, num_parameters: int) -> int:

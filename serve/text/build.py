@@ -19,7 +19,16 @@ from models.attention.build import make_attention
 from models.registry import load_text_model
 from models.text.base import CausalLM, ModelError
 from models.weight_files import WeightsError
-from serve.compute import choose_device, choose_dtype, keep_freed_memory, process_age_s, set_threads, settle_threads
+from serve.compute import (
+    SMALL_MODEL,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    process_age_s,
+    set_threads,
+    settle_threads,
+    use_huge_pages,
+)
 from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
@@ -96,6 +105,8 @@ def build_engine(
     keep_freed_memory()
     folder = folder or find_model(options, "text")[0]
     model = _load(options, folder, device, progress=progress)
+    if device.type == "cpu" and model.num_parameters >= SMALL_MODEL:
+        use_huge_pages()
     speculation = speculation_of(options)
     draft = _load_draft(options, speculation, model, folder, device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)

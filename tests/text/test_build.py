@@ -12,7 +12,7 @@ from tiny import tiny_folder
 
 from models.attention.base import KVCacheSpec
 from serve import compute
-from serve.compute import choose_device, set_threads
+from serve.compute import choose_device, set_threads, use_huge_pages
 from serve.errors import ConfigError
 from serve.events import Event
 from serve.options import ModelOptions
@@ -133,6 +133,12 @@ def test_replicas_share_the_cores_unless_told_otherwise(monkeypatch):
     assert set_threads(options(threads=None), 3) == 2
     assert set_threads(options(threads=None), 100) == 1
     assert set_threads(options(threads=5), 2) == 5
+
+
+def test_huge_pages_keep_what_lies_on_them():
+    held = torch.arange(10 << 20)
+    use_huge_pages()
+    assert torch.equal(held, torch.arange(10 << 20))
 
 
 def test_a_length_the_model_was_not_made_for_is_refused():
