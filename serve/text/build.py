@@ -81,7 +81,9 @@ def build_text(
     engine.start()
     assert isinstance(engine.scheduler, TokenScheduler)
     vocabulary = partial(load_vocabulary, folder, card.vocab_size, engine.scheduler.eos_token_ids)
-    return TextBackend(engine, card, GrammarCompiler(vocabulary))
+    grammars = GrammarCompiler(vocabulary)
+    grammars.prepare()
+    return TextBackend(engine, card, grammars)
 
 
 def build_engine(

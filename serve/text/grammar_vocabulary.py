@@ -7,7 +7,7 @@ The same tokenizer files as everything else: byte-level and byte-fallback vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Vocabulary:
             eos_token=list(self.end_ids),
         )
 
-    @property
+    @cached_property
     def spelled(self) -> list[int]:
         """The tokens that can be chosen."""
         return [token_id for token_id, text in enumerate(self._tokens) if text]
