@@ -172,3 +172,18 @@ def test_every_block_is_in_use_or_free_and_every_prefix_found_has_its_content(da
     for table in tables:
         cache.free(table)
     assert sorted(cache.allocate([], num_blocks)) == list(range(num_blocks))
+
+
+def test_forks_share_all_blocks_and_copy_only_the_last():
+    cache = KVCache(8, block_size=2)
+    parent = cache.allocate([], 3)
+    child = cache.fork(parent)
+    assert child == parent and child is not parent
+    assert cache.num_free == 5 and cache.num_unshared([parent]) == 0 and cache.num_unshared([parent, child]) == 3
+    child = cache.own_last(child)
+    assert child[:-1] == parent[:-1] and child[-1] not in parent
+    assert cache.num_references(parent[-1]) == cache.num_references(child[-1]) == 1
+    cache.free(parent)
+    assert cache.num_free == 5
+    cache.free(child)
+    assert cache.num_free == 8
