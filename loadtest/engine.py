@@ -65,8 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def offline(engine: TextEngine) -> Generate:
-    """Submit, step until all have ended, read the streams: the engine as a function."""
+    """Submit, step until all have ended, read the streams: the engine as a function, once it has done what it does
+    while idle."""
     numbers = count()
+    while engine.use_idle_time():
+        pass
 
     def generate(prompts: list[Prompt]) -> list[list[int]]:
         streams = [engine.submit(_sequence(f"offline-{next(numbers)}", prompt)) for prompt in prompts]

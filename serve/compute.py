@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -19,8 +21,10 @@ brings."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h."""
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-"""From Linux's mman.h; the second since 6.1."""
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 14, 23, 25
+"""From Linux's mman.h; the last two since 5.14 and 6.1."""
+_TAKEN_AT_ONCE = 64 << 20
+"""Bytes; 20 to 40 ms."""
 _HUGE_PAGE = 2 << 20
 _LEAST_REGION = 32 << 20
 """Bytes of a region worth the call; stacks and small heaps stay as they are."""
@@ -79,8 +83,7 @@ def use_huge_pages() -> None:
     background. Where it cannot be done nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise = _madvise()
         with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
             lines = [line.split() for line in file]
         for span, access, _, _, inode, *name in lines:
@@ -90,6 +93,29 @@ def use_huge_pages() -> None:
                 if end - start >= _LEAST_REGION:
                     madvise(start, end - start, _MADV_HUGEPAGE)
                     madvise(start, end - start, _MADV_COLLAPSE)
+
+
+def take_memory(tensors: Iterable[torch.Tensor]) -> Iterator[bool]:
+    """Have the system provide memory that was asked for and never written, a part for each `next`; contents stay.
+
+    A cache whose pages come when they are first written costs its first users 5 to 9 % of their time (Qwen3 0.6B,
+    bfloat16, prompts of 64 to 256 tokens), and may find that the memory it was promised is gone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = _madvise()
+        for tensor in tensors:
+            start = tensor.data_ptr() & -mmap.PAGESIZE
+            end = tensor.data_ptr() + tensor.nbytes
+            for part in range(start, end, _TAKEN_AT_ONCE):
+                if madvise(part, min(_TAKEN_AT_ONCE, end - part), _MADV_POPULATE_WRITE):
+                    return
+                yield True
+
+
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 def settle_threads(options: ModelOptions, threads: int, num_parameters: int) -> int:

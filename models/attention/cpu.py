@@ -170,7 +170,7 @@ class CpuAttention:
             out_SKGH = _weighted(_scores(q_SKGH, keys, group.mask_S11L, scale).softmax(-1), values)
         else:
             out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
-        return out_SKGH.reshape(q_SNH.shape).to(self._spec.dtype)
+        return group.collect(out_SKGH).reshape(q_SNH.shape).to(self._spec.dtype)
 
     def _decode_family(
         self, q_SNH: torch.Tensor, new_SRH: torch.Tensor, kv: torch.Tensor, family: _Family, scale: float
@@ -188,8 +188,8 @@ class CpuAttention:
             rows = rest.rows_S
             q_RKGH, keys, values = self._operands(q_SNH[rows], new_SRH[rows], kv, rest)
             out_RKGH, lse_RKG = self._part(q_RKGH, keys, values, rest.mask_S11L, scale)
-            share_RKG1 = torch.sigmoid(lse_RKG - lse_SKG[rows]).unsqueeze(-1)
-            joined_SKGH[rows] = torch.lerp(common_SKGH[rows], out_RKGH.float(), share_RKG1)
+            share_RKG1 = torch.sigmoid(rest.collect(lse_RKG) - lse_SKG[rows]).unsqueeze(-1)
+            joined_SKGH[rows] = torch.lerp(common_SKGH[rows], rest.collect(out_RKGH).float(), share_RKG1)
         return joined_SKGH.reshape(q_SNH.shape).to(spec.dtype)
 
     def _part(
@@ -213,14 +213,14 @@ class CpuAttention:
         self, q_SNH: torch.Tensor, new_SRH: torch.Tensor, kv: torch.Tensor, group: DecodeGroup
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [S, K, G, H], and a group's keys and values [S, K, L, H] from its copies or gathered."""
-        spec, num = self._spec, group.num_sequences
+        spec, num = self._spec, group.num_places
         if group.copies is None:
             assert group.runs_R is not None
             keys, values = self._gather(kv, group.runs_R, num)
         else:
             dense = self._copies(new_SRH, kv, group)
             keys, values = dense.view(2, num, spec.num_kv_heads, -1, spec.head_dim)
-        return q_SNH.reshape(num, spec.num_kv_heads, self._num_groups, spec.head_dim), keys, values
+        return group.spread(q_SNH).reshape(num, spec.num_kv_heads, self._num_groups, spec.head_dim), keys, values
 
     def _copies(self, new_SRH: torch.Tensor, kv: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
         """The group's copies of this layer, with the new positions."""
@@ -230,8 +230,8 @@ class CpuAttention:
         storage = copies.storage.layers.get(layer)
         if storage is None:
             num_runs = int(copies.storage.num_positions * runs_a_position)
-            storage = copies.storage.layers[layer] = torch.empty(num_runs, self._run_values, dtype=spec.dtype)
-        dense = storage[: int(group.num_sequences * copies.room * runs_a_position)]
+            storage = copies.storage.layers[layer] = _untouched_zeros((num_runs, self._run_values), spec.dtype)
+        dense = storage[: int(group.num_places * copies.room * runs_a_position)]
         if group.runs_R is not None:
             return torch.index_select(kv.view(-1, self._run_values), 0, group.runs_R, out=dense)
         assert group.slots_R is not None
@@ -353,7 +353,8 @@ def _weighted(weights_SKGL: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory when they are first written; `torch.zeros` writes them all (5 GB and 20 s at start)."""
+    """Zeros that take memory when they are first written; `torch.zeros` writes them all (5 GB and 20 s at start). And
+    numpy asks for pages of 2 MiB, which read faster."""
     num_bytes = prod(shape) * dtype.itemsize
     raw = np.zeros(num_bytes + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64

@@ -3,7 +3,7 @@
 Torch's kernels want the keys of a sequence as one matrix, and its blocks lie scattered. To gather them at every step
 costs as much as to compute with them (32 decodes over 192 positions, 8 heads of 128, bfloat16: 2.3 ms to gather, 2.4 to
 attend; two threads, Intel Xeon with AMX). So a group keeps what it gathered, layer by layer, and a step adds only the
-new position. A group is gathered anew when a member leaves or joins it, or outgrows its room.
+new position. A group is gathered anew when one joins it or outgrows its room, or when a quarter has left.
 
 A member is recognised by its block table, the very list: tables only grow and their positions are written once, so a
 copy of the first n positions stays right for as long as the list lives. Should a position have been computed without a
@@ -27,6 +27,8 @@ from models.attention.base import KVCacheSpec, TokenLayout
 _ROOM = 32
 """A group's room ends at a multiple of this many positions: it is gathered anew every 32 steps and on average 16
 positions are computed in vain."""
+_LEAST_PRESENT = 3 / 4
+"""Share of a group's places that are in use, at least."""
 _ALIGN = 16
 """What a window leaves out of a sequence is a multiple of this many positions, a full vector of float32."""
 _GROUP_BYTES = 8 << 20
@@ -48,7 +50,8 @@ class Storage:
 class DenseCopies:
     """Keys and values of some sequences, from block `first` on, each as one matrix: [2, S, K, L, H] a layer."""
 
-    tables: list[Sequence[int]]
+    tables: list[Sequence[int] | None]
+    """None: the sequence has left. Its place is computed in vain until the group is gathered anew."""
     lengths: list[int]
     """Positions of each sequence that will be there after this step, counted from the sequence's start."""
     first: int
@@ -63,7 +66,9 @@ class DecodeGroup:
 
     rows_S: torch.Tensor | slice
     """Their rows among the tokens of the step."""
-    num_sequences: int
+    num_places: int
+    places_S: torch.Tensor | None
+    """Which of the places are theirs, where some have left. None: all."""
     runs_R: torch.Tensor | None
     """What to gather: keys of all sequences, then values. None: the copies lack only the new positions."""
     slots_R: torch.Tensor | None
@@ -71,7 +76,17 @@ class DecodeGroup:
     copies: DenseCopies | None
     """None: nothing is kept, since memory for it is used up."""
     mask_S11L: torch.Tensor
-    """0 where the new position sees a key, -inf elsewhere; float32."""
+    """0 where the new position sees a key, -inf elsewhere; float32. Of all places."""
+
+    def spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """One row for every place; zeros for those who have left."""
+        if self.places_S is None:
+            return rows
+        return rows.new_zeros(self.num_places, *rows.shape[1:]).index_copy_(0, self.places_S, rows)
+
+    def collect(self, places: torch.Tensor) -> torch.Tensor:
+        """The rows of those who are here."""
+        return places if self.places_S is None else places[self.places_S]
 
 
 class DecodeGroups:
@@ -116,7 +131,6 @@ class DecodeGroups:
                 self._spare.append(copies.storage)
         groups = []
         for copies, places in kept:
-            copies.lengths = [lengths[place] for place in places]
             groups.append(self._added(copies, places, starts))
             self._kept.append(copies)
             self._before.remove(copies)
@@ -133,14 +147,20 @@ class DecodeGroups:
         place_of = {id(layout.block_tables[index]): index for index in members}
         kept: list[tuple[DenseCopies, list[int]]] = []
         for copies in list(self._before):
-            places = [place_of[id(table)] for table in copies.tables if id(table) in place_of]
-            if not places or copies.first != first:
+            places = [None if table is None else place_of.get(id(table)) for table in copies.tables]
+            present = [place for place in places if place is not None]
+            if not present or copies.first != first:
                 continue
-            if len(places) == len(copies.tables) and all(
-                lengths[place] == length + 1 and length < first * size + copies.room
+            if len(present) >= _LEAST_PRESENT * len(places) and all(
+                place is None or (lengths[place] == length + 1 and length < first * size + copies.room)
                 for place, length in zip(places, copies.lengths, strict=True)
             ):
-                kept.append((copies, places))
+                for at, place in enumerate(places):
+                    if place is None:
+                        copies.tables[at] = None
+                    else:
+                        copies.lengths[at] = lengths[place]
+                kept.append((copies, present))
             else:
                 self._before.remove(copies)
                 self._spare.append(copies.storage)
@@ -169,13 +189,19 @@ class DecodeGroups:
         return -(-most // self._room_multiple) * self._room_multiple
 
     def _added(self, copies: DenseCopies, places: list[int], starts: Sequence[int] | dict[int, int]) -> DecodeGroup:
-        heads, num = self._spec.num_kv_heads, len(places)
-        newest_S = np.array(copies.lengths) - 1 - copies.first * self._spec.block_size
-        head_S2K = (np.arange(2)[:, None] * num + np.arange(num)[:, None, None]) * heads + np.arange(heads)
-        slots_S2K = head_S2K * copies.room + newest_S[:, None, None]
-        mask_SL = np.arange(copies.room) > newest_S[:, None]
+        heads, num = self._spec.num_kv_heads, len(copies.tables)
+        at_S = np.array([at for at, table in enumerate(copies.tables) if table is not None])
+        newest = np.array(copies.lengths) - 1 - copies.first * self._spec.block_size
+        head_S2K = (np.arange(2)[:, None] * num + at_S[:, None, None]) * heads + np.arange(heads)
+        slots_S2K = head_S2K * copies.room + newest[at_S][:, None, None]
         return DecodeGroup(
-            rows_of(places, starts), num, None, torch.from_numpy(slots_S2K.reshape(-1)), copies, self._mask(mask_SL)
+            rows_of(places, starts),
+            num,
+            None if len(at_S) == num else torch.from_numpy(at_S),
+            None,
+            torch.from_numpy(slots_S2K.reshape(-1)),
+            copies,
+            self._mask(np.arange(copies.room) > newest[:, None]),
         )
 
     def _gathered(
@@ -199,11 +225,11 @@ class DecodeGroups:
         if window is not None:
             hidden_SL |= positions_SL < length_S1 - window
         elif storage := self._storage(len(members) * room):
-            tables = [layout.block_tables[index] for index in members]
+            tables: list[Sequence[int] | None] = [layout.block_tables[index] for index in members]
             copies = DenseCopies(tables, length_S1[:, 0].tolist(), firsts[members[0]], room, storage)
             self._kept.append(copies)
         runs_R = runs_of(np.array(ids), self._spec.num_kv_heads)
-        return DecodeGroup(rows_of(members, starts), len(members), runs_R, None, copies, self._mask(hidden_SL))
+        return DecodeGroup(rows_of(members, starts), len(members), None, runs_R, None, copies, self._mask(hidden_SL))
 
     def _storage(self, num_positions: int) -> Storage | None:
         """The smallest spare one that is large enough, else a new one, a quarter larger, for the group will grow."""

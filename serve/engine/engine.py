@@ -189,19 +189,8 @@ class Engine(Generic[J, B, O]):
         finally:
             self._step_started = None
 
-    def _run(self) -> None:
-        try:
-            while True:
-                if not self.step():
-                    if self._is_closed:
-                        return
-                    if not self._use_idle_time():
-                        self._inbox.get()()  # sleep until somebody says something
-        except BaseException as error:
-            self._die(error)
-
-    def _use_idle_time(self) -> bool:
-        """Do one unit of idle work; False when there is none, or somebody waits."""
+    def use_idle_time(self) -> bool:
+        """Do one unit of idle work; False when there is none, or somebody waits. Called where `step` is."""
         if self._idle_work is None or not self._inbox.empty():
             return False
         self._step_started = self._clock()  # a unit that hangs is a step that hangs
@@ -209,6 +198,17 @@ class Engine(Generic[J, B, O]):
             self._idle_work = None
         self._step_started = None
         return True
+
+    def _run(self) -> None:
+        try:
+            while True:
+                if not self.step():
+                    if self._is_closed:
+                        return
+                    if not self.use_idle_time():
+                        self._inbox.get()()  # sleep until somebody says something
+        except BaseException as error:
+            self._die(error)
 
     def _receive(self) -> None:
         """New jobs and cancellations."""

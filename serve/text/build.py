@@ -27,6 +27,7 @@ from serve.compute import (
     process_age_s,
     set_threads,
     settle_threads,
+    take_memory,
     use_huge_pages,
 )
 from serve.engine.engine import Engine
@@ -107,7 +108,8 @@ def build_engine(
     keep_freed_memory()
     folder = folder or find_model(options, "text")[0]
     model = _load(options, folder, device, progress=progress)
-    if device.type == "cpu" and model.num_parameters >= SMALL_MODEL:
+    is_large_on_cpu = device.type == "cpu" and model.num_parameters >= SMALL_MODEL
+    if is_large_on_cpu:
         use_huge_pages()
     speculation = speculation_of(options)
     draft = _load_draft(options, speculation, model, folder, device, progress=progress)
@@ -131,7 +133,7 @@ def build_engine(
         step_timeout_s=options.step_timeout_s,
         observer=observer,
         on_death=on_death,
-        idle_work=runner.capture_next,
+        idle_work=partial(next, take_memory(runner.kv_cache), False) if is_large_on_cpu else runner.capture_next,
     )
     card = ModelCard(
         name=options.name,

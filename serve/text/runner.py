@@ -95,7 +95,7 @@ class TokenRunner:
         self.model = model
         self.device = cache.device
         self._attention = attention
-        self._kv_cache = attention.allocate(num_blocks + 1)
+        self.kv_cache = attention.allocate(num_blocks + 1)
         self._own_block = num_blocks
         self._block_size = cache.block_size
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
@@ -115,7 +115,7 @@ class TokenRunner:
             self._graphs = DecodeGraphs(
                 model,
                 attention,
-                self._kv_cache,
+                self.kv_cache,
                 own_block=self._own_block,
                 max_blocks=-(-max_model_len // cache.block_size),
                 block_size=cache.block_size,
@@ -236,7 +236,7 @@ class TokenRunner:
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         if copies:
             sources, targets = to_device(list(zip(*copies)), self.device)
-            self._attention.copy_blocks(self._kv_cache, sources, targets)
+            self._attention.copy_blocks(self.kv_cache, sources, targets)
 
     def _choose(
         self,
@@ -264,7 +264,7 @@ class TokenRunner:
         return self._take_off(rows, draws, sampled, prompts, candidates)
 
     def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
+        context = StepContext(self._attention, self._attention.plan(layout), self.kv_cache)
         return self.model.forward(ids_T, positions_T, context)
 
     def _pending(self, ids: list[int], rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor] | None:

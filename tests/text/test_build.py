@@ -12,7 +12,7 @@ from tiny import tiny_folder
 
 from models.attention.base import KVCacheSpec
 from serve import compute
-from serve.compute import choose_device, set_threads, use_huge_pages
+from serve.compute import choose_device, set_threads, take_memory, use_huge_pages
 from serve.errors import ConfigError
 from serve.events import Event
 from serve.options import ModelOptions
@@ -139,6 +139,12 @@ def test_huge_pages_keep_what_lies_on_them():
     held = torch.arange(10 << 20)
     use_huge_pages()
     assert torch.equal(held, torch.arange(10 << 20))
+
+
+def test_memory_is_taken_in_parts_and_keeps_what_is_there():
+    tensors = [torch.arange(20 << 20), torch.arange(100)]
+    assert set(take_memory(tensors)) <= {True}
+    assert torch.equal(tensors[0], torch.arange(20 << 20)) and torch.equal(tensors[1], torch.arange(100))
 
 
 def test_a_length_the_model_was_not_made_for_is_refused():

@@ -130,6 +130,52 @@ def test_decodes_that_begin_with_the_same_blocks_equal_the_reference(
     run({"f0": 1, "f1": 1, "f2": 1, "y": 12, "f5": 1, "f4": 1, "x": 1})
 
 
+def departures_and_arrivals() -> list[dict[str, int]]:
+    """Nine decode long enough to outgrow their room, leave one by one, sit a step out, come back and are joined."""
+    names = "abcdefghi"
+    everyone = dict.fromkeys(names, 1)
+    schedule = [{name: 20 + 7 * index for index, name in enumerate(names)}, *[everyone] * 40]
+    for num_left in range(1, 6):
+        schedule += [dict.fromkeys(names[num_left:], 1)] * 2
+    schedule += [dict.fromkeys("gh", 1), dict.fromkeys("ghi", 1), {"g": 3, "h": 1, "i": 1}, dict.fromkeys("ghi", 1)]
+    return schedule + [{"z": 50, "g": 1, "i": 1}] + [dict.fromkeys("hzgi", 1)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+def test_decodes_that_leave_and_join_equal_the_reference(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    spec = spec_of(kv_heads, head_dim, dtype)
+    compare(make_attention("cpu", spec, heads), spec, heads, None, departures_and_arrivals())
+
+
+@pytest.mark.parametrize("max_positions", [0, 300, 600])
+def test_decodes_without_memory_for_copies_equal_the_reference(
+    max_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from models.attention import cpu, decode_groups
+
+    spec = spec_of(2, 16, torch.float32)
+    position_bytes = spec.block_bytes / spec.block_size
+    monkeypatch.setattr(cpu, "_COPIES_SHARE", max_positions * position_bytes / (NUM_BLOCKS * spec.block_bytes))
+    monkeypatch.setattr(decode_groups, "_GROUP_BYTES", 200 * position_bytes)
+    compare(make_attention("cpu", spec, 4), spec, 4, None, departures_and_arrivals())
+
+
+def test_a_step_that_was_planned_and_never_computed_is_made_good() -> None:
+    spec = spec_of(2, 16, torch.float32)
+    backend, reference = make_attention("cpu", spec, 4), make_attention("sdpa", spec, 4)
+    (ours,), (theirs,) = backend.allocate(NUM_BLOCKS), reference.allocate(NUM_BLOCKS)
+    steps = Steps(spec, 4)
+    for number, new in enumerate([{"a": 20, "b": 33}, *[{"a": 1, "b": 1}] * 6]):
+        layout, q, new_kv = steps.next(new)
+        if number == 3:  # the step fails after the plan, before the first layer, and is repeated
+            backend.attend(q, new_kv, torch.zeros_like(ours), backend.plan(layout), scale=1.0)
+        out = backend.attend(q, new_kv, ours, backend.plan(layout), scale=1.0)
+        torch.testing.assert_close(out, reference.attend(q, new_kv, theirs, reference.plan(layout), scale=1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -> None:
     """Over sizes where MKL's float32 kernels agree too; for bfloat16 it holds wherever it was tried."""
