@@ -51,14 +51,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """Decodes that begin with the same blocks."""
+class _Decodes:
+    """Sequences with one new token each."""
 
     rows_S: torch.Tensor | slice
-    common_R: torch.Tensor
-    """Of the blocks all begin with."""
-    rests: list[DecodeGroup]
-    """What each has beyond them; rows count within the family."""
+    """Their rows among the tokens of the step, in the order of the groups."""
+    groups: list[DecodeGroup]
+    common_R: torch.Tensor | None
+    """Of the blocks all begin with, which the groups leave out. None: they have nothing in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Plan:
     fresh: torch.Tensor | None
     """Blocks first written in this step and not filled by it. What an earlier owner left in their tails is masked, but
     0 * NaN is NaN: they are cleared, so that no sequence can poison a later one."""
-    work: dict[int | None, tuple[list[_Family], list[DecodeGroup], list[_Chunk]]] = field(default_factory=dict)
+    work: dict[int | None, tuple[list[_Decodes], list[_Chunk]]] = field(default_factory=dict)
     """What to gather and mask, by sliding window; made when the first layer with that window asks."""
 
 
@@ -139,16 +139,13 @@ class CpuAttention:
         kv.view(-1, self._spec.head_dim).index_copy_(0, plan.places_R, new_TRH.flatten(0, 1))
         if window not in plan.work:
             plan.work[window] = self._work(plan.layout, window, may_share=softcap is None)
-        families, decodes, chunks = plan.work[window]
-        if len(decodes) == 1 and isinstance(decodes[0].rows_S, slice) and not chunks and not families:
+        decodes, chunks = plan.work[window]
+        if len(decodes) == 1 and isinstance(decodes[0].rows_S, slice) and not chunks:
             return self._decode(q_TNH, new_TRH, kv, decodes[0], scale, softcap)
         out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-        for family in families:
-            rows = family.rows_S
-            out_TNH[rows] = self._decode_family(q_TNH[rows], new_TRH[rows], kv, family, scale)
-        for group in decodes:
-            rows = group.rows_S
-            out_TNH[rows] = self._decode(q_TNH[rows], new_TRH[rows], kv, group, scale, softcap)
+        for part in decodes:
+            rows = part.rows_S
+            out_TNH[rows] = self._decode(q_TNH[rows], new_TRH[rows], kv, part, scale, softcap)
         for chunk in chunks:
             rows = slice(chunk.start, chunk.stop)
             self._prefill(q_TNH[rows], kv, chunk, scale, softcap, out_TNH[rows])
@@ -159,23 +156,29 @@ class CpuAttention:
         q_SNH: torch.Tensor,
         new_SRH: torch.Tensor,
         kv: torch.Tensor,
-        group: DecodeGroup,
+        decodes: _Decodes,
         scale: float,
         softcap: float | None,
     ) -> torch.Tensor:
-        q_SKGH, keys, values = self._operands(q_SNH, new_SRH, kv, group)
-        if softcap is not None:
-            out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
-        elif self._multiplies:
-            out_SKGH = _weighted(_scores(q_SKGH, keys, group.mask_S11L, scale).softmax(-1), values)
-        else:
-            out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
-        return group.collect(out_SKGH).reshape(q_SNH.shape).to(self._spec.dtype)
+        if decodes.common_R is not None:
+            return self._decode_family(q_SNH, new_SRH, kv, decodes, scale)
+        outs = []
+        for group in decodes.groups:
+            q_SKGH, keys, values = self._operands(q_SNH[group.rows], new_SRH[group.rows], kv, group)
+            if softcap is not None:
+                out_SKGH = attend_dense(q_SKGH, keys, values, group.mask_S11L, scale=scale, softcap=softcap)
+            elif self._multiplies:
+                out_SKGH = _weighted(_scores(q_SKGH, keys, group.mask_S11L, scale).softmax(-1), values)
+            else:
+                out_SKGH = _flash(q_SKGH, keys, values, 0.0, False, attn_mask=group.mask_S11L, scale=scale)[0]
+            outs.append(group.collect(out_SKGH).reshape(-1, *q_SNH.shape[1:]).to(self._spec.dtype))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _decode_family(
-        self, q_SNH: torch.Tensor, new_SRH: torch.Tensor, kv: torch.Tensor, family: _Family, scale: float
+        self, q_SNH: torch.Tensor, new_SRH: torch.Tensor, kv: torch.Tensor, family: _Decodes, scale: float
     ) -> torch.Tensor:
         """The common positions once for all, each one's rest, and the two joined in float32."""
+        assert family.common_R is not None
         spec, num, groups = self._spec, len(q_SNH), self._num_groups
         q_SKGH = q_SNH.reshape(num, spec.num_kv_heads, groups, spec.head_dim)
         keys, values = self._gather(kv, family.common_R, 1)
@@ -184,8 +187,8 @@ class CpuAttention:
         common_SKGH = out_1KRH.view(spec.num_kv_heads, num, groups, spec.head_dim).transpose(0, 1).float()
         lse_SKG = lse_1KR.view(spec.num_kv_heads, num, groups).transpose(0, 1)
         joined_SKGH = torch.empty_like(common_SKGH)
-        for rest in family.rests:
-            rows = rest.rows_S
+        for rest in family.groups:
+            rows = rest.rows
             q_RKGH, keys, values = self._operands(q_SNH[rows], new_SRH[rows], kv, rest)
             out_RKGH, lse_RKG = self._part(q_RKGH, keys, values, rest.mask_S11L, scale)
             share_RKG1 = torch.sigmoid(rest.collect(lse_RKG) - lse_SKG[rows]).unsqueeze(-1)
@@ -271,26 +274,25 @@ class CpuAttention:
         keys, values = gathered.view(2, num, self._spec.num_kv_heads, -1, self._spec.head_dim)
         return keys, values
 
-    def _work(
-        self, layout: TokenLayout, window: int | None, *, may_share: bool
-    ) -> tuple[list[_Family], list[DecodeGroup], list[_Chunk]]:
+    def _work(self, layout: TokenLayout, window: int | None, *, may_share: bool) -> tuple[list[_Decodes], list[_Chunk]]:
         lengths = [new + computed for new, computed in zip(layout.num_new, layout.num_computed, strict=True)]
         starts = list(chain((0,), np.cumsum(layout.num_new).tolist()))
-        decoding = [index for index, num_new in enumerate(layout.num_new) if num_new == 1]
-        families = []
-        for members, num_common in self._families(decoding, lengths, layout) if may_share and window is None else ():
-            decoding = [index for index in decoding if index not in members]
-            places = {index: place for place, index in enumerate(members)}
-            rests = self._groups.plan(members, lengths, places, layout, num_common=num_common)
+        alone = [index for index, num_new in enumerate(layout.num_new) if num_new == 1]
+        decodes = []
+        for members, num_common in self._families(alone, lengths, layout) if may_share and window is None else ():
+            alone = [index for index in alone if index not in members]
             common_R = runs_of(np.array([layout.block_tables[members[0]][:num_common]]), self._spec.num_kv_heads)
-            families.append(_Family(rows_of(members, starts), common_R, rests))
-        decodes = self._groups.plan(decoding, lengths, starts, layout, window=window)
+            order, groups = self._groups.plan(members, lengths, layout, num_common=num_common)
+            decodes.append(_Decodes(rows_of(order, starts), groups, common_R))
+        if alone:
+            order, groups = self._groups.plan(alone, lengths, layout, window=window)
+            decodes.append(_Decodes(rows_of(order, starts), groups, None))
         chunks = [
             self._chunk(starts[index], num_new, lengths[index], layout.block_tables[index], window)
             for index, num_new in enumerate(layout.num_new)
             if num_new > 1
         ]
-        return families, decodes, chunks
+        return decodes, chunks
 
     def _families(
         self, decoding: list[int], lengths: list[int], layout: TokenLayout

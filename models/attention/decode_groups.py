@@ -64,8 +64,8 @@ class DenseCopies:
 class DecodeGroup:
     """Sequences with one new token each, for one step."""
 
-    rows_S: torch.Tensor | slice
-    """Their rows among the tokens of the step."""
+    rows: slice
+    """Of its members, among those of all groups."""
     num_places: int
     places_S: torch.Tensor | None
     """Which of the places are theirs, where some have left. None: all."""
@@ -111,13 +111,12 @@ class DecodeGroups:
         self,
         members: Sequence[int],
         lengths: Sequence[int],
-        starts: Sequence[int] | dict[int, int],
         layout: TokenLayout,
         *,
         num_common: int = 0,
         window: int | None = None,
-    ) -> list[DecodeGroup]:
-        """Groups of the decodes `members` of the layout. `starts`: the row of each one's token. Their first
+    ) -> tuple[list[int], list[DecodeGroup]]:
+        """Groups of the decodes `members` of the layout, which are returned in the order of the groups. Their first
         `num_common` blocks are left out. Behind a sliding window nothing is kept."""
         limit = max(1, _GROUP_BYTES * torch.get_num_threads() // self._position_bytes)
         kept = [] if window else self._reusable(members, lengths, layout, num_common)
@@ -129,15 +128,19 @@ class DecodeGroups:
                 new.update(places)
                 self._before.remove(copies)
                 self._spare.append(copies.storage)
-        groups = []
+        groups: list[DecodeGroup] = []
+        order: list[int] = []
         for copies, places in kept:
-            groups.append(self._added(copies, places, starts))
+            groups.append(self._added(copies, slice(len(order), len(order) + len(places))))
+            order += places
             self._kept.append(copies)
             self._before.remove(copies)
         firsts = {index: self._first(lengths[index], num_common, window) for index in new}
         for part in self._split(firsts, lengths, limit):
-            groups.append(self._gathered(part, firsts, lengths, starts, layout, window))
-        return groups
+            rows = slice(len(order), len(order) + len(part))
+            groups.append(self._gathered(part, rows, firsts, lengths, layout, window))
+            order += part
+        return order, groups
 
     def _reusable(
         self, members: Sequence[int], lengths: Sequence[int], layout: TokenLayout, first: int
@@ -188,14 +191,14 @@ class DecodeGroups:
         most = max(lengths[index] - firsts[index] * self._spec.block_size for index in members)
         return -(-most // self._room_multiple) * self._room_multiple
 
-    def _added(self, copies: DenseCopies, places: list[int], starts: Sequence[int] | dict[int, int]) -> DecodeGroup:
+    def _added(self, copies: DenseCopies, rows: slice) -> DecodeGroup:
         heads, num = self._spec.num_kv_heads, len(copies.tables)
         at_S = np.array([at for at, table in enumerate(copies.tables) if table is not None])
         newest = np.array(copies.lengths) - 1 - copies.first * self._spec.block_size
         head_S2K = (np.arange(2)[:, None] * num + at_S[:, None, None]) * heads + np.arange(heads)
         slots_S2K = head_S2K * copies.room + newest[at_S][:, None, None]
         return DecodeGroup(
-            rows_of(places, starts),
+            rows,
             num,
             None if len(at_S) == num else torch.from_numpy(at_S),
             None,
@@ -207,9 +210,9 @@ class DecodeGroups:
     def _gathered(
         self,
         members: list[int],
+        rows: slice,
         firsts: dict[int, int],
         lengths: Sequence[int],
-        starts: Sequence[int] | dict[int, int],
         layout: TokenLayout,
         window: int | None,
     ) -> DecodeGroup:
@@ -229,7 +232,7 @@ class DecodeGroups:
             copies = DenseCopies(tables, length_S1[:, 0].tolist(), firsts[members[0]], room, storage)
             self._kept.append(copies)
         runs_R = runs_of(np.array(ids), self._spec.num_kv_heads)
-        return DecodeGroup(rows_of(members, starts), len(members), None, runs_R, None, copies, self._mask(hidden_SL))
+        return DecodeGroup(rows, len(members), None, runs_R, None, copies, self._mask(hidden_SL))
 
     def _storage(self, num_positions: int) -> Storage | None:
         """The smallest spare one that is large enough, else a new one, a quarter larger, for the group will grow."""
@@ -255,7 +258,7 @@ def runs_of(block_ids: np.ndarray, num_kv_heads: int) -> torch.Tensor:
     return torch.from_numpy((block_ids[None, :, None] * of_block.size + of_block).reshape(-1))
 
 
-def rows_of(members: list[int], starts: Sequence[int] | dict[int, int]) -> torch.Tensor | slice:
+def rows_of(members: Sequence[int], starts: Sequence[int]) -> torch.Tensor | slice:
     """The rows of these sequences, which begin at `starts`; a slice, which copies nothing, where it can be one."""
     start = starts[members[0]]
     if all(starts[index] == start + place for place, index in enumerate(members)):
