@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--config", help="speculative_config as JSON; default: the model's own")
     parser.add_argument("--repetitive", action="store_true", help="prompts that repeat themselves, of random tokens")
+    parser.add_argument("--warm-up", type=int, default=1, help="pairs of turns before those that count, at least 1")
     parser.add_argument("-o", "--out", help="append the lines to this file too")
     args = parser.parse_args(arguments)
 
@@ -79,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
             "prompts": "repetitive" if args.repetitive else "chats",
             "streams": num_streams,
         }
-        result = compare(engine, [make(num_streams, turn) for turn in range(args.turns + 1)], args.num_output)
+        prompts = [make(num_streams, turn) for turn in range(args.warm_up + args.turns)]
+        result = compare(engine, prompts, args.num_output, args.warm_up)
         line = json.dumps({**about, **result})
         print("RESULT " + line, flush=True)
         if args.out:
@@ -109,8 +111,9 @@ def repetitive_prompts(num_streams: int, turn: int) -> list[list[int]]:
     return [[content.randrange(300, 30_000) for _ in range(16)] * 8 for _ in range(num_streams)]
 
 
-def compare(engine: TextEngine, turns: list[list[list[int]]], num_output: int) -> dict[str, object]:
-    """Pairs of turns, the first of which only warms up."""
+def compare(engine: TextEngine, turns: list[list[list[int]]], num_output: int, num_warm: int) -> dict[str, object]:
+    """Pairs of turns, the first `num_warm` of which only warm up: what the first probes may cost (`FIRST_PROBES`) is
+    then behind the engine, and what is measured is how it goes on."""
     scheduler = engine.scheduler
     assert isinstance(scheduler, TokenScheduler) and isinstance(scheduler.draft_length, AdaptiveLength)
     length = scheduler.draft_length
@@ -121,11 +124,11 @@ def compare(engine: TextEngine, turns: list[list[list[int]]], num_output: int) -
         outputs, meter = {}, CpuMeter()
         for speculates in (True, False) if turn % 2 else (False, True):
             scheduler.draft_length = length if speculates else None
-            if turn == 1:
+            if turn == num_warm:
                 before = _counters(length)
             own_s = time.process_time()
             seconds, outputs[speculates] = generate(engine, prompts, num_output)
-            if turn:
+            if turn >= num_warm:
                 num_tokens = sum(map(len, outputs[speculates]))
                 rates[speculates].append(num_tokens / seconds)
                 cpu_rates[speculates].append(num_tokens / (time.process_time() - own_s))
@@ -135,6 +138,7 @@ def compare(engine: TextEngine, turns: list[list[list[int]]], num_output: int) -
     num_rows, num_drafted, num_accepted = (now - then for now, then in zip(_counters(length), before))
     ratios, cpu_ratios = ([on / off for on, off in zip(pairs[True], pairs[False])] for pairs in (rates, cpu_rates))
     return {
+        "warm_up_pairs": num_warm,
         "pairs": len(ratios),
         "off_tok_s": round(statistics.median(rates[False]), 1),
         "on_tok_s": round(statistics.median(rates[True]), 1),
@@ -147,7 +151,7 @@ def compare(engine: TextEngine, turns: list[list[list[int]]], num_output: int) -
         "tokens_a_drafting_row": round(1 + num_accepted / num_rows, 2) if num_rows else None,
         "lately_by_position": [round(mean.value, 2) for mean in length.acceptance.lately],
         "outputs_different": num_different,
-        "foreign_cores": foreign[1:],
+        "foreign_cores": foreign[num_warm:],
     }
 
 

@@ -7,7 +7,7 @@ unless that is worth `MARGIN`. Costs are far from flat and differ by machine (on
 cost their number), so nothing about them is assumed: a k not tried at this R is estimated between those that were.
 
 What is never tried is never known, so now and then a probe tries another k for a few steps. Probes are rationed: what
-they lost against the best known k stays below `PROBE_SHARE` of all time, beyond `FIRST_PROBES_S`. That bounds what
+they lost against the best known k stays below `PROBE_SHARE` of all time, beyond `FIRST_PROBES`. That bounds what
 speculation can cost where it does not pay, whatever the reason. A draft model's catching up (new prompts, steps without
 drafts) is no property of a step; it is spread over the steps that draft.
 
@@ -26,8 +26,9 @@ MARGIN = 1.1
 """Tokens a second over those without drafts. With 1.04 drafts were taken on noise: at 4 streams of a busy machine
 they lost 4 % of CPU time (median of 14 pairs of turns, `python -m loadtest.speculation`)."""
 PROBE_SHARE = 0.01
-FIRST_PROBES_S = 0.2
-"""What probes may lose before there is any time to be a share of."""
+FIRST_PROBES = 32
+"""What probes may lose before there is any time to be a share of, in steps without drafts. In steps, not in seconds:
+with 0.2 s a 0.6 B model on a CPU (63 ms a step) had not tried a draft after 300 steps."""
 PROBE_STEPS = 3
 """The first of them often catches up and tells nothing of the cost."""
 PROBE_AFTER, PROBE_RARELY = 64, 1024
@@ -261,7 +262,7 @@ class AdaptiveLength:
                 continue
             # Unknown, a draft may cost what a token without drafts does.
             seconds = costs.estimate(num_drafts) or (num_drafts + 1) * plain.value
-            if self._lost_s + PROBE_STEPS * seconds > FIRST_PROBES_S + PROBE_SHARE * self._elapsed_s:
+            if self._lost_s + PROBE_STEPS * seconds > FIRST_PROBES * plain.value + PROBE_SHARE * self._elapsed_s:
                 continue
             costs.patience[num_drafts] = min(2 * costs.patience.get(num_drafts, PROBE_AFTER // 2), PROBE_RARELY)
             costs.tried[num_drafts] = costs.num_steps

@@ -10,7 +10,7 @@ import pytest
 from serve.metrics import EngineObserver, Recorder
 from serve.replica import follow_speculation
 from serve.request import SamplingParams
-from serve.text.draft_length import FIRST_PROBES_S, PROBE_SHARE, AdaptiveLength
+from serve.text.draft_length import FIRST_PROBES, PROBE_SHARE, AdaptiveLength
 from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput
 
 MOST = 5
@@ -101,14 +101,15 @@ def test_where_drafts_do_not_pay_only_probes_remain_and_they_are_rationed(cost, 
     machine.run(4000, num_rows)
     assert usual(machine.chosen[200:]) == 0
     without_s = machine.num_tokens / num_rows * cost(num_rows, 0)
-    assert machine.seconds <= without_s * (1.01 + PROBE_SHARE) + 2 * FIRST_PROBES_S
+    assert machine.seconds <= without_s * (1.01 + PROBE_SHARE) + 2 * FIRST_PROBES * cost(num_rows, 0)
 
 
 def test_catching_up_for_a_probe_counts_as_its_loss():
     machine = Machine(proportional, 0.9, catch_up_s=0.01)
     machine.run(4000, 32)
     without_s = machine.num_tokens / 32 * proportional(32, 0)
-    assert machine.seconds <= without_s * (1.01 + PROBE_SHARE) + 2 * FIRST_PROBES_S + 32 * 0.01
+    first_probes_s = FIRST_PROBES * proportional(32, 0)
+    assert machine.seconds <= without_s * (1.01 + PROBE_SHARE) + 2 * first_probes_s + 32 * 0.01
 
 
 def test_the_number_of_rows_decides():
@@ -173,3 +174,9 @@ def test_the_metrics_follow_the_counters():
     assert values[prefix + "draft_tokens",] == machine.chosen[-1]
     for place, number in enumerate(acceptance.by_position, start=1):
         assert values[prefix + "accepted_at_position_tokens_total", str(place)] == number
+
+
+def test_drafts_are_tried_early_however_slow_a_step_is():
+    machine = Machine(lambda num_rows, num_drafts: 3.0 + 0.1 * num_drafts, 0.95)
+    machine.run(40, 1)
+    assert usual(machine.chosen[20:]) > 0
