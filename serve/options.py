@@ -123,7 +123,8 @@ class ModelOptions:
     """Share of the device's memory for weights, activations and KV cache together."""
     kv_cache_memory_bytes: int | None = bounded(None, least=1, most=1 << 50, only="text")
     """Size of the KV cache. None: on CUDA what is left of `gpu_memory_utilization`; on CPU enough for
-    `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory."""
+    `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory; decodes there keep copies of what
+    they have cached, up to half as much again."""
     enforce_eager: bool = only_for("text", False)
     """No CUDA graphs."""
     speculative_config: SpeculativeOptions | None = field(default=None, metadata={"only": "text"})
