@@ -8,13 +8,14 @@ back, told when content follows and dropped when a call does or the answer ends.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from serve.gateway.parsing.events import Arguments, CallStart, Content, Parsed
 from serve.gateway.parsing.markers import MarkerFinder, Spellings
 
 
-class Section:
+class Section(ABC):
     """The calls behind one marker. A format says how they are read (`_read`)."""
 
     def __init__(self) -> None:
@@ -40,8 +41,9 @@ class Section:
         if self._raw is not None:
             self._raw.finish(out)
 
+    @abstractmethod
     def _read(self, text: str, at: int, out: list[Parsed]) -> int:
-        raise NotImplementedError
+        """`take` while the arguments are valid."""
 
 
 class Raw:
