@@ -7,13 +7,15 @@ are on loopback then; Ray's cannot be kept there. On a cluster that was joined o
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class RayApplication:
         self._reaper: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> str:
-        return await asyncio.to_thread(self._start)
+        """In a thread that nobody waits for: a start that is interrupted hangs in Ray's client."""
+        return await _in_lasting_thread(self._start)
 
     def cards(self) -> list[ModelCard]:
         return self._cards
@@ -151,6 +154,25 @@ class RayApplication:
             handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 5.0)
         ray_serve.delete(APPLICATION)
         ray.shutdown()
+
+
+def _in_lasting_thread(call: Callable[[], str]) -> asyncio.Future[str]:
+    """What `call` returns or raises, once it does, from a daemon thread that stays when it is done.
+
+    A daemon, so that it does not keep a process alive that is told to end meanwhile. It stays, because the kernel kills
+    Ray's processes with the thread that started them (PR_SET_PDEATHSIG).
+    """
+    outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    return asyncio.wrap_future(outcome)
 
 
 def _deploy_error(ray_serve: Any, error: RuntimeError) -> TandemError:

@@ -191,6 +191,15 @@ def test_a_model_that_cannot_be_served_is_refused_once_and_in_one_line(tmp_path)
         assert sum("process started" in line for line in server.lines) <= 4  # the command, hub, gateway, one replica
 
 
+def test_sigterm_while_it_starts_ends_it_too(folder):
+    with launched(str(folder), "--threads", "1") as server:
+        command = psutil.Process(server.process.pid)
+        eventually(lambda: any("raylet" in child.name() for child in command.children()), within_s=60)
+        children = command.children(recursive=True)
+        assert server.terminate() == 0
+        eventually(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), within_s=30)
+
+
 def test_sigterm_leaves_nothing_behind(folder):
     with serving(str(folder), "--served-model-name", "other", "--threads", "1", timeout_s=180) as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
