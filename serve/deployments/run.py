@@ -79,6 +79,8 @@ class RayApplication:
         import ray
         from ray import serve as ray_serve
 
+        if self._ray_address is None and self._reaper is None:  # it is ended while it starts
+            self._reaper = watch_over(psutil.Process().children(recursive=True))
         if ray.is_initialized():
             if self._ray_address is not None:
                 with contextlib.suppress(Exception):
