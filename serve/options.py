@@ -33,8 +33,21 @@ def check_bounds(options: Any) -> None:
                 raise ValueError(f"{spec.name} is {value!r}; give a value from {least} to {most}")
 
 
+UNBUILT_SIZES = {
+    "text": ("tensor_parallel_size", "pipeline_parallel_size"),
+    "image": ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree"),
+}
+"""Sizes that no engine of the kind computes with yet: `check_kind` refuses them above 1. An engine that does takes its
+names out of here."""
+
+
 def check_kind(options: Any, kind: str) -> None:
     """Raise ValueError naming the first field of `options` that was set and does nothing for this kind of model."""
+    for name in UNBUILT_SIZES.get(kind, ()):
+        if getattr(options, name) > 1:
+            raise ValueError(
+                f"{name} is {getattr(options, name)}, but {kind} models run on one device so far; leave it out"
+            )
     for spec in dataclasses.fields(options):
         only = spec.metadata.get("only")
         if only not in (None, kind) and getattr(options, spec.name) != spec.default:
@@ -103,6 +116,16 @@ class ModelOptions:
     num_replicas: int = bounded(1, least=1, most=1024)
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
+
+    tensor_parallel_size: int = bounded(1, least=1, most=1024)
+    """Devices that share every layer: heads, feed-forward widths and the vocabulary are split over them. A replica has
+    one process (rank) a device; `tandem plan` says which sizes a model can be split into and what each costs."""
+    pipeline_parallel_size: int = bounded(1, least=1, most=1024, only="text")
+    """Stages of consecutive layers, each on `tensor_parallel_size` devices of its own."""
+    cfg_parallel_size: int = bounded(1, least=1, most=1024, only="image")
+    """Devices that share the rows of a step: guidance's two halves and the images of a batch."""
+    ulysses_degree: int = bounded(1, least=1, most=1024, only="image")
+    """Devices that share the tokens of an image, which exchange heads for tokens in attention (DeepSpeed-Ulysses)."""
 
     max_num_batched_tokens: int | None = bounded(None, least=1, most=1 << 20)
     """Token positions computed in one step; bounds a decode's wait behind others' prefill. None: 8192 on CUDA, 1024 on
