@@ -72,6 +72,7 @@ class Tokens:
     patience = 12
     is_strict = False  # who waits for a prefix that another one computes is overtaken
     has_prefix_caching = True
+    num_stages = 1
 
     def __init__(self) -> None:
         self.saboteur = Saboteur()
@@ -83,6 +84,7 @@ class Tokens:
             max_model_len=64,
             eos_token_ids=[EOS],
             vocab_size=VOCAB,
+            num_stages=self.num_stages,
         )
         self.runner = FakeTokenRunner(block_size=3, saboteur=self.saboteur)
 
@@ -105,6 +107,12 @@ class TokensUnshared(Tokens):
 
     is_strict = True
     has_prefix_caching = False
+
+
+class TokensInStages(TokensUnshared):
+    """Four batches at a time, one in each stage of a pipeline."""
+
+    num_stages = 4
 
 
 class FakeLatents:

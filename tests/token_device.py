@@ -138,13 +138,22 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 class TokenDevice:
-    """A `Runner`. `fails(batch)` decides whether computing a batch raises."""
+    """A `Runner`. `fails(batch)` decides whether computing a batch raises. `is_staged`: it has several stages, which
+    know no token of a batch that has not left the last one."""
 
-    def __init__(self, num_blocks: int, block_size: int, fails: Callable[[TokenBatch], bool] = lambda batch: False):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        fails: Callable[[TokenBatch], bool] = lambda batch: False,
+        *,
+        is_staged: bool = False,
+    ):
         self.block_size = block_size
         self.batches: list[TokenBatch] = []
         self.num_checks = 0
         self._fails = fails
+        self._is_staged = is_staged
         self._memory: list[int | None] = [None] * (num_blocks * block_size)
         self._last: dict[str, int] = {}
         self._unsettled: list[tuple[TokenBatch, list[list[int]]]] = []
@@ -157,6 +166,7 @@ class TokenDevice:
             end = row.start + len(row.token_ids) + row.num_drafts
             require(bool(row.token_ids), "a row without tokens")
             require(PENDING not in row.token_ids[:-1], "a pending token that is not the last")
+            require(not self._is_staged or PENDING not in row.token_ids, "a pending token between stages")
             num_missing = row.start + len(row.token_ids) - len(row.job.token_ids)
             require(num_missing < 2 or not row.job.sampling.needs_history, "a history with a gap")
             tables.append(row.block_table[: -(-end // self.block_size)])

@@ -22,12 +22,16 @@ sequence makes what is in flight for it stale, and its blocks stay taken until t
 settled. A sequence whose drafts are in flight waits for them, for its next position depends on how many hold; one that
 is to draft waits until its newest token is known.
 
+Stages. Where a model is computed in stages (pipeline parallel) a batch's tokens are known only when it has left the
+last one, and what keeps the stages busy is other batches. So a sequence whose next token is in flight waits for it, and
+a batch takes no more than its share of the decodes. Chunks of one prompt still follow each other.
+
 Follows vLLM's V1 scheduler (one token count per request) and Sarathi-Serve (Agrawal et al., 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from serve.backend import Load
 from serve.engine.interface import Update
@@ -60,8 +64,12 @@ class TokenScheduler:
         vocab_size: int,
         policy: Callable[[Job], float] = aged_priority,
         draft_length: DraftLength | None = None,
+        num_stages: int = 1,
     ):
-        """`draft_length` says how many drafts a decode gets and hears how it went. None: no speculation."""
+        """`draft_length` says how many drafts a decode gets and hears how it went. None: no speculation.
+
+        `num_stages`: of the model, which compute as many batches at a time; the engine's depth is one less.
+        """
         if min(max_num_seqs, max_num_batched_tokens) < 1:
             raise ValueError(
                 f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}; "
@@ -87,6 +95,7 @@ class TokenScheduler:
             block_size=kv_cache.block_size,
         )
         self._policy = policy
+        self._num_stages = num_stages
         self._eos = frozenset(eos_token_ids)
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._running: dict[Sequence, None] = {}  # in order of admission
@@ -136,9 +145,9 @@ class TokenScheduler:
     # -- the next step ---------------------------------------------------------------------------------------------
 
     def schedule(self, only: Sequence | None = None) -> TokenBatch | None:
-        num_drafts = (
-            0 if only is not None or self.draft_length is None else self.draft_length.choose(len(self._running))
-        )
+        num_drafts = 0
+        if only is None and self.draft_length is not None:
+            num_drafts = self.draft_length.choose(-(-len(self._running) // self._num_stages))
         plan = self._plan(num_drafts) if only is None else self._plan_alone(only)
         if not plan:
             return None
@@ -152,7 +161,7 @@ class TokenScheduler:
         plan: dict[Sequence, int] = {}
         prefills: dict[Sequence, int] = {}
         is_short = False
-        for seq in list(self._running):
+        for seq in list(self._running) if self._num_stages == 1 else self._in_turn(plan):
             num_new = seq.num_wanted
             if num_new > seq.num_seats:
                 prefills[seq] = num_new
@@ -193,6 +202,22 @@ class TokenScheduler:
             plan[seq] += extra
             left -= extra
         return plan
+
+    def _in_turn(self, plan: dict[Sequence, int]) -> Iterator[Sequence]:
+        """With stages: the prefills, then the decodes, who has waited longest first, till `plan` has its share."""
+        decodes = []
+        for seq in list(self._running):
+            if seq.num_wanted > seq.num_seats:
+                yield seq
+            else:
+                decodes.append(seq)
+        left = -(-sum(seq.num_seats for seq in decodes) // self._num_stages)
+        for seq in sorted(decodes, key=lambda seq: max(part.last_step for part in seq.holders)):
+            if left <= 0:
+                break
+            if not seq.num_pending:
+                yield seq
+                left -= plan.get(seq, 0)
 
     def _plan_alone(self, seq: Sequence) -> dict[Sequence, int]:
         """Nothing is in flight, so what a victim holds comes free at once."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from contract import DEPTHS, PROPERTIES, Plan, Scenario, Trace, plans, simulate
 from hypothesis import given, settings
-from scenarios import FakeLatents, FakeTokens, Tokens, TokensUnshared
+from scenarios import FakeLatents, FakeTokens, Tokens, TokensInStages, TokensUnshared
 
-SCENARIOS: list[Callable[[], Scenario]] = [FakeTokens, FakeLatents, Tokens, TokensUnshared]
+SCENARIOS: list[Callable[[], Scenario]] = [FakeTokens, FakeLatents, Tokens, TokensUnshared, TokensInStages]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -199,6 +199,34 @@ def test_blocks_of_tokens_that_are_still_pending_are_not_shared():
     assert len(scheduler.kv_cache.find(batches[0].rows[0].job.block_hashes)) == 2
 
 
+# stages
+
+
+def test_decodes_are_spread_evenly_over_the_batches_in_the_stages():
+    scheduler = make_scheduler(num_stages=3)
+    add(scheduler, *(sequence([i + 1] * 5, f"{i}") for i in range(7)))
+    run_step(scheduler)
+    in_flight = [scheduler.schedule() for _ in range(3)]
+    assert [sorted(shape(batch)) for batch in in_flight] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    assert scheduler.schedule() is None
+    for _ in range(4):
+        settle(scheduler, in_flight.pop(0))
+        in_flight.append(scheduler.schedule())
+        assert 1 <= len(in_flight[-1].rows) <= 3
+        assert sorted(name for batch in in_flight for name in shape(batch)) == list("0123456")
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages_and_its_tokens_do_not():
+    scheduler = make_scheduler(num_stages=3, max_num_batched_tokens=8)
+    add(scheduler, sequence([1] * 16, "a"))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [shape(first), shape(second), scheduler.schedule()] == [{"a": 8}, {"a": 8}, None]
+    settle(scheduler, first)
+    assert scheduler.schedule() is None
+    settle(scheduler, second, 9)
+    assert [row.token_ids for row in scheduler.schedule().rows] == [[9]]
+
+
 # shared prefixes
 
 

@@ -148,17 +148,26 @@ def check_beams(job: BeamGroup, reason: FinishReason | None, updates: list[BeamU
     max_num_seqs=st.sampled_from([1, 3, 8]),
     caching=st.booleans(),
     num_drafts=st.sampled_from([0, 0, 1, 3, 6]),
+    is_staged=st.booleans(),
 )
-def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, caching, num_drafts):
-    """Progress, budget, conservation, once and transparency, with preemption, cancel, sharing, failures and drafts."""
+def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, caching, num_drafts, is_staged):
+    """Progress, budget, conservation, once and transparency, with preemption, cancel, sharing, failures and drafts.
+
+    `is_staged`: the batches in flight are in the stages of a pipeline.
+    """
     num_blocks = capacity // block_size
     scheduler = make_scheduler(
         num_blocks, block_size, enable_prefix_caching=caching,
         max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=64,
-        draft_length=RandomLength(num_drafts),
+        draft_length=RandomLength(num_drafts), num_stages=depth + 1 if is_staged else 1,
     )  # fmt: skip
     poison = {id(plan.job) for plan in wanted if plan.is_poison}
-    device = TokenDevice(num_blocks, block_size, lambda batch: any(id(job) in poison for job in batch.jobs))
+    device = TokenDevice(
+        num_blocks,
+        block_size,
+        lambda batch: any(id(job) in poison for job in batch.jobs),
+        is_staged=is_staged and depth > 0,
+    )
     now = [0.0]
     engine = Engine(scheduler, device, depth=depth, clock=lambda: now[0])
     prompts, streams, outputs = {}, {}, {}
