@@ -24,10 +24,14 @@ class _Formatter(logging.Formatter):
         return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def configure_logging() -> None:
-    """Send Tandem's and its libraries' log records to standard error. Call once, in a process's entry point."""
+def configure_logging(*, rank: int | None = None) -> None:
+    """Send Tandem's and its libraries' log records to standard error. Call once, in a process's entry point.
+
+    The records of a peer of a group of ranks say which `rank` it is.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    who = "" if rank is None else f"rank={rank} "
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s %(name)s {who}%(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -1,0 +1,93 @@
+"""How peers come to life. Here: as child processes of the driver; on Ray: as actors (`serve/deployments/ranks.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from typing import Protocol
+
+from serve.ranks.spec import PeerSpec
+
+_BOOT = "import sys; sys.path[:] = {path!r}; from serve.ranks.peer import main; main()"
+
+
+class PeerProcess(Protocol):
+    """A peer's process, wherever it runs."""
+
+    @property
+    def name(self) -> str:
+        """For people: `pid 4711`."""
+        ...
+
+    def wait(self, timeout_s: float) -> str | None:
+        """How it ended ("exit status 1"); None when it still lives after `timeout_s`."""
+        ...
+
+    def kill(self) -> None:
+        """End it, whatever it is doing or however it hangs. Any number of times."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts peers."""
+
+    host: str | None
+    """The driver's address for peers on other nodes; None: all peers share this node."""
+
+    def is_here(self, rank: int) -> bool:
+        """Whether that rank shares this node's memory."""
+        ...
+
+    def launch(self, spec: PeerSpec) -> PeerProcess: ...
+
+
+class LocalLauncher:
+    """Peers as children of this process, in its process group, which import the very files that it imports."""
+
+    host: str | None = None
+
+    def is_here(self, rank: int) -> bool:
+        return True
+
+    def launch(self, spec: PeerSpec) -> PeerProcess:
+        boot = _BOOT.format(path=[os.path.abspath(path) for path in sys.path])
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", boot],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,  # the driver's standard output speaks to its own parent
+            env={**os.environ, "OMP_NUM_THREADS": str(spec.threads)},
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(spec.to_json().encode() + b"\n")
+        return _Child(process)
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self._process = process
+
+    @property
+    def name(self) -> str:
+        return f"pid {self._process.pid}"
+
+    def wait(self, timeout_s: float) -> str | None:
+        try:
+            return _ending(self._process.wait(timeout_s))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    hint = "; was the memory short?" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
