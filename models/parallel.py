@@ -114,7 +114,11 @@ class Place:
         """
         x = x.contiguous()
         self._sent.append((self.world.send([x], self.rank + self.tensor_size, 0), x))
-        while len(self._sent) > self.num_stages + 2:
+        self.flush(self.num_stages + 2)
+
+    def flush(self, num_left: int = 0) -> None:
+        """Wait until all but `num_left` of what was sent has gone. What has not is lost when the place is."""
+        while len(self._sent) > num_left:
             work, _ = self._sent.popleft()
             work.wait()
 
