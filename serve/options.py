@@ -183,6 +183,12 @@ class ModelOptions:
             )
 
     @property
+    def num_ranks(self) -> int:
+        """Processes, each with a device of its own, that compute one replica together."""
+        image = self.cfg_parallel_size * self.ulysses_degree
+        return self.tensor_parallel_size * self.pipeline_parallel_size * image
+
+    @property
     def name(self) -> str:
         """The name reported to clients: the first served name, else a folder's last part or the hub id as it is."""
         if self.served_model_name:
