@@ -100,6 +100,7 @@ class _Child:
             elif last.event == "met":
                 self.met.set()
         code = await process.wait()
+        _kill_group(process)
         return last if last.event == "failed" else dataclasses.replace(last, message=f"exit status {code}")
 
     async def stop(self, timeout_s: float) -> None:
@@ -113,13 +114,18 @@ class _Child:
             await asyncio.wait_for(self.process.wait(), timeout_s)
         except TimeoutError:
             log.error("process killed id=%s after_s=%s", self.spec.process_id, timeout_s)
-            self.kill()
+        _kill_group(self.process)
 
     def kill(self) -> None:
         self.is_stopping = True
         if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            _kill_group(self.process)
+
+
+def _kill_group(process: Process) -> None:
+    """Kill what lives of `process` and what it started: ranks that hang do not see that it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class LocalApplication:

@@ -139,4 +139,4 @@ def _end_with_parent(directory: str) -> None:
     while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a buffered read holds a lock that the exit needs
         pass
     shutil.rmtree(directory, ignore_errors=True)
-    os._exit(0)
+    os.killpg(0, signal.SIGKILL)  # with the processes it started, those too that hang

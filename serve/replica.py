@@ -7,6 +7,7 @@ logged and the process ends, so that whoever started it starts another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 from serve.backend import Backend
 from serve.channel_server import ChannelServer
@@ -105,6 +108,14 @@ BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath],
 """Kind → how its backend is made. The imports inside are the process's heavy ones."""
 
 
+def end_process(status: int) -> None:
+    """End this process and those it started, which may be stopped or hang: a closed connection ends only the others."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(status)
+
+
 class Replica:
     """Start, drain, close. `server` is the channel's end, for a carrier (`ChannelServer.run`)."""
 
@@ -117,7 +128,7 @@ class Replica:
         hub_address: Address,
         address: str,
         build: Callable[[ModelOptions, EngineObserver, OnDeath], Served] = build,
-        exit: Callable[[int], None] = os._exit,
+        exit: Callable[[int], None] = end_process,
     ) -> None:
         self._options = options
         self._replica_id = replica_id

@@ -12,6 +12,7 @@ from typing import Protocol
 from serve.ranks.spec import PeerSpec
 
 _BOOT = "import sys; sys.path[:] = {path!r}; from serve.ranks.peer import main; main()"
+_STANDARD_ERROR = 2
 
 
 class PeerProcess(Protocol):
@@ -57,7 +58,7 @@ class LocalLauncher:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", boot],
             stdin=subprocess.PIPE,
-            stdout=sys.stderr,  # the driver's standard output speaks to its own parent
+            stdout=_STANDARD_ERROR,  # the driver's standard output speaks to its own parent
             env={**os.environ, "OMP_NUM_THREADS": str(spec.threads)},
         )
         assert process.stdin is not None
