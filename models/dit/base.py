@@ -20,9 +20,12 @@ from torch import Tensor, nn
 # Legend: R rows of a forward, B images, C latent channels, H and W latent height and width, P and Q those in pixels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Conditioning:
-    """What one prompt tells the transformer: tensors of one row (leading dimension 1), by names of the family's own."""
+    """What one prompt tells the transformer: tensors of one row (leading dimension 1), by names of the family's own.
+
+    Each is only equal to itself, and other ranks keep a copy for as long as it lives.
+    """
 
     tensors: Mapping[str, Tensor]
     num_tokens: int

@@ -69,16 +69,25 @@ def read_index(folder: Path) -> PipelineIndex:
     return PipelineIndex(folder, class_name, components, values)
 
 
-def load_pipeline(index: PipelineIndex, *, device: torch.device, dtype: torch.dtype, load_format: str) -> Any:
-    """The pipeline with its components, ready to compute. `load_format` "dummy": random weights. Raises DiTError."""
-    # Both libraries draw progress bars, and write the text of prompts that they cut into their log.
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+def load_pipeline(
+    index: PipelineIndex,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_format: str,
+    loaded: Mapping[str, Any] | None = None,
+) -> Any:
+    """The pipeline with its components, ready to compute. `load_format` "dummy": random weights. Raises DiTError.
+
+    `loaded`: components that are there already.
+    """
+    silence_libraries()
     pipeline_class = pipeline_class_of(index)
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(pipeline_class.__init__).parameters.items())[1:]:
-        if name in index.components:
+        if loaded and name in loaded:
+            arguments[name] = loaded[name]
+        elif name in index.components:
             described = index.components[name]
             arguments[name] = (
                 None
@@ -110,6 +119,13 @@ def pipeline_class_of(index: PipelineIndex) -> type[Any]:
     return found
 
 
+def silence_libraries() -> None:
+    """Both draw progress bars, and write the text of prompts that they cut into their log."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file. Raises DiTError."""
     try:
@@ -123,20 +139,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def fill_dummy_parameter(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """A weight of a model that was never trained."""
+    if parameter.dim() > 1:
+        parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
 def _load_component(
     folder: Path, name: str, library: str, class_name: str, device: torch.device, dtype: torch.dtype, load_format: str
 ) -> Any:
-    component_class = _component_class(folder, name, library, class_name)
+    model_class = component_class(folder, name, library, class_name)
     place = folder / name
     if not place.is_dir() or place.parent != folder:
         raise DiTError(f"{place} is not there; download the whole model ({class_name})")
     try:
-        if not issubclass(component_class, nn.Module):
-            return component_class.from_pretrained(place, local_files_only=True)
+        if not issubclass(model_class, nn.Module):
+            return model_class.from_pretrained(place, local_files_only=True)
         if load_format == "dummy":
-            model = _build_dummy(component_class, place, device)
+            model = _build_dummy(model_class, place, device)
         else:
-            model = _load_model(component_class, place, dtype)
+            model = _load_model(model_class, place, dtype)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, DiTError):
             raise
@@ -144,8 +168,8 @@ def _load_component(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def _component_class(folder: Path, name: str, library: str, class_name: str) -> type[Any]:
-    """The class, of diffusers or transformers and with weights or files of a known kind."""
+def component_class(folder: Path, name: str, library: str, class_name: str) -> type[Any]:
+    """The class, of diffusers or transformers and with weights or files of a known kind. Raises DiTError."""
     homes = {"diffusers": diffusers, "transformers": transformers}
     home = homes.get(library) or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
     found = getattr(home, class_name, None)
@@ -191,8 +215,5 @@ def _build_dummy(model_class: type[Any], place: Path, device: torch.device) -> n
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            fill_dummy_parameter(name, parameter, generator)
     return model

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.dit.autoencoder import ImageDecoder
 from models.dit.base import Conditioning, DiTSpec, count_parameters
+from models.dit.part import Recipe
 
 # Legend: R rows of a forward, B images, C latent channels, H and W latent height and width
 
@@ -78,13 +79,21 @@ class ClassConditionalDiT:
             for prompt in prompts
         ]
 
-    @torch.no_grad()
     def predict(self, latents_RCHW: Tensor, times_R: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        labels_R = torch.cat([row.tensors["label"] for row in conditioning])
-        latents_RCHW = latents_RCHW.to(self._transformer.dtype)
-        output: Tensor = self._transformer(latents_RCHW, timestep=times_R, class_labels=labels_R, return_dict=False)[0]
-        # Further channels are the variance the model learnt beside, which no solver here asks for.
-        return output[:, : latents_RCHW.shape[1]].float()
+        return _predict(self._transformer, latents_RCHW, times_R, conditioning)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return self._decoder(latents_BCHW)
+
+
+@torch.no_grad()
+def _predict(transformer: Any, latents_RCHW: Tensor, times_R: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    labels_R = torch.cat([row.tensors["label"] for row in conditioning])
+    latents_RCHW = latents_RCHW.to(transformer.dtype)
+    output: Tensor = transformer(latents_RCHW, timestep=times_R, class_labels=labels_R, return_dict=False)[0]
+    # Further channels are the variance the model learnt beside, which no solver here asks for.
+    return output[:, : latents_RCHW.shape[1]].float()
+
+
+RECIPE = Recipe(_predict, image="pos_embed", text=None, output="proj_out_2")
+"""For several ranks."""

@@ -16,9 +16,22 @@ from typing import Any, Literal
 import torch
 
 from models.dit.base import DiT, DiTSpec
-from models.dit.checkpoint import DiTError, PipelineIndex, load_pipeline, pipeline_class_of, read_index, read_json
+from models.dit.checkpoint import (
+    DiTError,
+    PipelineIndex,
+    component_class,
+    load_pipeline,
+    pipeline_class_of,
+    read_index,
+    read_json,
+    silence_libraries,
+)
+from models.dit.class_conditional import RECIPE as CLASS_CONDITIONAL
 from models.dit.class_conditional import ClassConditionalDiT
+from models.dit.grid import Grid
+from models.dit.part import Part, Recipe, build_part
 from models.dit.pipeline import NotSteppable, PipelineSpec, StockPipeline, step_parameters
+from models.dit.sd3 import RECIPE as STABLE_DIFFUSION_3
 from models.dit.sd3 import StableDiffusion3
 
 Prediction = Literal["flow", "epsilon"]
@@ -48,26 +61,61 @@ class Defaults:
 
 
 def load_dit(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None = None, load_format: str = "auto"
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    load_format: str = "auto",
+    part: Part | None = None,
 ) -> DiT | StockPipeline:
     """The image model in `folder`, ready to compute on `device`.
 
     `dtype` None: float32, as diffusers does when not told. `load_format` "dummy": random weights, no files of weights
-    are read. Raises DiTError.
+    are read. `part`: this rank's, to stand for the transformer; what then predicts is the part. Raises DiTError.
     """
     index = read_index(folder)
     pipeline_class = pipeline_class_of(index)
     defaults = _read_defaults(folder, pipeline_class)
-    build = _FAMILIES.get(index.class_name)
-    if build is None:
+    family = _FAMILIES.get(index.class_name)
+    if family is None:
         try:
             step_parameters(pipeline_class)
         except NotSteppable as error:
             raise DiTError(f"{error}; families with an adapter are {', '.join(sorted(_FAMILIES))}") from error
     else:
         _own_solver(index)
-    pipeline = load_pipeline(index, device=device, dtype=dtype or torch.float32, load_format=load_format)
-    return (build or _stock)(pipeline, index, defaults)
+    loaded = {} if part is None else {"transformer": part.transformer}
+    pipeline = load_pipeline(index, device=device, dtype=dtype or torch.float32, load_format=load_format, loaded=loaded)
+    return (family.build if family else _stock)(pipeline, index, defaults)
+
+
+def load_part(
+    folder: Path,
+    grid: Grid,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    load_format: str = "auto",
+) -> Part:
+    """What a rank computes of the transformer in `folder`. Raises DiTError."""
+    silence_libraries()
+    index = read_index(folder)
+    family = _FAMILIES.get(index.class_name)
+    described = index.components.get("transformer")
+    if family is None or described is None:
+        raise DiTError(
+            f"{index.class_name} is run by its own code, which computes on one device; families that several ranks "
+            f"can share are {', '.join(sorted(_FAMILIES))}"
+        )
+    return build_part(
+        component_class(folder, "transformer", *described),
+        folder / "transformer",
+        family.recipe,
+        grid,
+        device=device,
+        dtype=dtype or torch.float32,
+        load_format=load_format,
+    )
 
 
 def _class_conditional(pipeline: Any, index: PipelineIndex, defaults: Defaults) -> DiT:
@@ -90,9 +138,15 @@ def _stable_diffusion_3(pipeline: Any, index: PipelineIndex, defaults: Defaults)
     return StableDiffusion3(pipeline, spec, defaults.max_sequence_length)
 
 
-_FAMILIES: dict[str, Callable[[Any, PipelineIndex, Defaults], DiT]] = {
-    "DiTPipeline": _class_conditional,
-    "StableDiffusion3Pipeline": _stable_diffusion_3,
+@dataclass(frozen=True, slots=True)
+class _Family:
+    build: Callable[[Any, PipelineIndex, Defaults], DiT]
+    recipe: Recipe
+
+
+_FAMILIES = {
+    "DiTPipeline": _Family(_class_conditional, CLASS_CONDITIONAL),
+    "StableDiffusion3Pipeline": _Family(_stable_diffusion_3, STABLE_DIFFUSION_3),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.dit.autoencoder import ImageDecoder
 from models.dit.base import Conditioning, DiTSpec, count_parameters
+from models.dit.part import Recipe
 
 # Legend: R rows of a forward, B images, C latent channels, H and W latent height and width
 
@@ -58,17 +59,8 @@ class StableDiffusion3:
             for i, count in enumerate(self._count_tokens(prompts))
         ]
 
-    @torch.no_grad()
     def predict(self, latents_RCHW: Tensor, times_R: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        dtype = self._transformer.dtype
-        output_RCHW: Tensor = self._transformer(
-            hidden_states=latents_RCHW.to(dtype),
-            timestep=times_R,
-            encoder_hidden_states=torch.cat([row.tensors["text"] for row in conditioning]).to(dtype),
-            pooled_projections=torch.cat([row.tensors["pooled"] for row in conditioning]).to(dtype),
-            return_dict=False,
-        )[0]
-        return output_RCHW.float()
+        return _predict(self._transformer, latents_RCHW, times_R, conditioning)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return self._decoder(latents_BCHW)
@@ -82,3 +74,20 @@ class StableDiffusion3:
             tokenizer, longest = pipeline.tokenizer, pipeline.tokenizer_max_length
         ids = tokenizer(list(prompts), truncation=True, max_length=longest).input_ids
         return [len(row) for row in ids]
+
+
+@torch.no_grad()
+def _predict(transformer: Any, latents_RCHW: Tensor, times_R: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    dtype = transformer.dtype
+    output_RCHW: Tensor = transformer(
+        hidden_states=latents_RCHW.to(dtype),
+        timestep=times_R,
+        encoder_hidden_states=torch.cat([row.tensors["text"] for row in conditioning]).to(dtype),
+        pooled_projections=torch.cat([row.tensors["pooled"] for row in conditioning]).to(dtype),
+        return_dict=False,
+    )[0]
+    return output_RCHW.float()
+
+
+RECIPE = Recipe(_predict, image="pos_embed", text="context_embedder", output="proj_out")
+"""For several ranks."""
