@@ -47,7 +47,7 @@ def resolve(model: str, revision: str | None = None, *, load_format: str = "auto
     The hub is asked through huggingface_hub, so its cache and environment hold (HF_HOME, HF_ENDPOINT, HF_TOKEN,
     HF_HUB_OFFLINE). `load_format` "dummy" needs and fetches no weights. Raises SourceError.
     """
-    folder = _local(model)
+    folder = local_folder(model)
     if folder is None:
         folder = _download(model, revision, with_weights=load_format != "dummy")
     _require_files(folder, load_format)
@@ -59,15 +59,31 @@ def check_local(model: str, *, load_format: str = "auto") -> None:
 
     Cheap, so that a mistyped path is refused before anything starts. A hub id passes: that takes asking the hub.
     """
-    folder = _local(model)
+    folder = local_folder(model)
     if folder is not None:
         _require_files(folder, load_format)
 
 
 def local_kind(model: str) -> str | None:
     """ "text" or "image" for a model on this machine; None for a hub id. Raises SourceError."""
-    folder = _local(model)
+    folder = local_folder(model)
     return None if folder is None else kind_of(folder)
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder `model` names on this machine, or None for a hub id. Raises SourceError for what is neither."""
+    if model in embedded_names():
+        return EMBEDDED / model
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SourceError(f"{model!r} is a file; give the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(model):
+        raise SourceError(
+            f"{model!r} is not a folder on this machine, and not a hub id (organisation/name) either; check the path"
+        )
+    return None
 
 
 def kind_of(folder: Path) -> str:
@@ -111,22 +127,6 @@ def _networks(folder: Path) -> list[tuple[Path, str]]:
         for name, library in described
         if (folder / name / "config.json").is_file()
     ]
-
-
-def _local(model: str) -> Path | None:
-    """The folder `model` names on this machine, or None for a hub id."""
-    if model in embedded_names():
-        return EMBEDDED / model
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise SourceError(f"{model!r} is a file; give the folder that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(model):
-        raise SourceError(
-            f"{model!r} is not a folder on this machine, and not a hub id (organisation/name) either; check the path"
-        )
-    return None
 
 
 def _download(model: str, revision: str | None, *, with_weights: bool) -> Path:

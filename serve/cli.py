@@ -1,4 +1,5 @@
-"""The command `tandem`: `serve` starts models and their gateway, `check` reads a config file and says what it holds.
+"""The command `tandem`: `serve` starts models and their gateway, `check` reads a config file and says what it holds,
+`plan` says how a model is best split over some devices.
 
 Flags are the fields of `serve/options.py`, so each option is written once; their help is the fields' own docstring.
 Heavy imports (Ray, torch) happen in the processes that need them, never here.
@@ -22,12 +23,15 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from models.source import SourceError, local_kind
+from models.source import SourceError, embedded_names, local_kind
 from serve.application import Application
 from serve.config import load_config, parse_value
 from serve.errors import ConfigError, TandemError
 from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions, ServeOptions
+from serve.plan import PlanRequest, plan
+from serve.preflight import check_machine, check_model
+from serve.ranks.cost import LINKS
 from serve.request import ModelCard
 
 DEFAULT_MODELS = ("tandem-text", "tandem-image")
@@ -128,9 +132,25 @@ def _abilities(card: ModelCard) -> str:
 
 def _check(arguments: argparse.Namespace) -> None:
     options = load_config(arguments.file)
+    for model in options.models:
+        if os.path.isdir(model.model) or model.model in embedded_names():
+            check_model(model)
     print(f"{arguments.file}: valid, {len(options.models)} models")
     for model in options.models:
-        print(f"  {model.name}: {model.model}, {model.num_replicas} replicas")
+        print(f"  {model.name}: {model.model}, {model.num_replicas} replicas" + _told_ranks(model))
+        try:
+            check_machine(model)
+        except ConfigError as error:  # the file may be meant for another one
+            print(f"    not on this machine: {error.message}")
+
+
+def _told_ranks(model: ModelOptions) -> str:
+    return f" of {model.num_ranks} ranks" if model.num_ranks > 1 else ""
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    given = {spec.name: getattr(arguments, spec.name) for spec in dataclasses.fields(PlanRequest)}
+    print(plan(PlanRequest(**given)))
 
 
 def _options(arguments: argparse.Namespace) -> ServeOptions:
@@ -211,7 +231,22 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="read a config file and report what is wrong with it")
     check.set_defaults(run=_check)
     check.add_argument("file", metavar="FILE")
+    _add_plan(commands.add_parser("plan", help="say how a model is best split over some devices; reads no weights"))
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_plan)
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or the name of an embedded model")
+    parser.add_argument("--devices", type=int, required=True, metavar="N", help="how many there are")
+    parser.add_argument(
+        "--memory", type=float, required=True, metavar="G", dest="memory_gb", help="of one device, in GB (10^9 bytes)"
+    )
+    parser.add_argument("--link", choices=sorted(LINKS), default="nvlink", help="between devices")
+    for spec in dataclasses.fields(ModelOptions):
+        if spec.name in ("dtype", "revision", "max_model_len", "max_num_seqs"):
+            _add_flag(parser, ModelOptions, spec)
+            parser.set_defaults(**{spec.name: spec.default})
 
 
 def _serve_help() -> None:
