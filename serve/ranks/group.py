@@ -29,7 +29,7 @@ from typing import Any
 from serve.errors import EngineDead, TandemError
 from serve.ranks.failure import Loss, first_cause
 from serve.ranks.launch import Launcher, LocalLauncher, PeerProcess
-from serve.ranks.link import Kind, Link, LinkClosed, Payload, bell_of
+from serve.ranks.link import Kind, Link, LinkClosed, Payload
 from serve.ranks.ring import Ring
 from serve.ranks.spec import PeerSpec
 
@@ -66,7 +66,10 @@ class Replies:
 
 
 class RankGroup:
-    """One model's ranks, seen from the driver. Make it with `start`; `close` it, or use it in a `with`."""
+    """One model's ranks, seen from the driver. Make it with `start`; `close` it, or use it in a `with`.
+
+    torch.distributed knows one world per process, so a process drives one group at a time.
+    """
 
     @classmethod
     def start(
@@ -102,7 +105,7 @@ class RankGroup:
         self._threads = threads
         self._launcher = launcher
         self._secret = secrets.token_bytes(32)
-        self._directory = Path(tempfile.mkdtemp(prefix="tandem-ranks-", dir=_memory_folder()))  # 0700
+        self.directory = Path(tempfile.mkdtemp(prefix="tandem-ranks-", dir=_memory_folder()))  # 0700
         self._processes: dict[int, PeerProcess] = {}
         self._links: dict[int, Link] = {}
         self._in_ring: tuple[Link, ...] = ()
@@ -112,6 +115,7 @@ class RankGroup:
         self._on_death: Callable[[BaseException], None] | None = None
         self._changed = threading.Condition()
         self._is_closing = False
+        self._has_joined = False
         self._selector = selectors.DefaultSelector()
         self._bell, self._wake = socket.socketpair()
         self._watcher: threading.Thread | None = None
@@ -131,20 +135,20 @@ class RankGroup:
         """
         if self.failure is not None:
             raise self.failure
+        data = memoryview(payload).cast("B")
         try:
-            slot = self._ring.write(payload) if self._ring is not None else None
+            slot = self._ring.write(data) if self._ring is not None else None
             has_all_left = True
             if slot is None:
                 for link in self._links.values():
-                    has_all_left &= link.offer(Kind.TELL, payload)
+                    has_all_left &= link.offer(Kind.TELL, data)
             else:
-                bell = bell_of(slot, len(payload))
                 for link in self._in_ring:
-                    has_all_left &= link.ring_bell(bell)
+                    has_all_left &= link.ring_bell(slot, len(data))
                 for link in self._inline:
-                    has_all_left &= link.offer(Kind.TELL, payload)
+                    has_all_left &= link.offer(Kind.TELL, data)
         except (OSError, LinkClosed) as error:
-            raise self.explain(error) from error
+            raise self.explain(EngineDead(f"a rank cannot be told: {error}")) from error
         if not has_all_left:
             self._bell.send(b"!")
 
@@ -158,7 +162,7 @@ class RankGroup:
             for link in self._links.values():
                 link.offer(Kind.CALL, body)
         except (OSError, LinkClosed) as error:
-            raise self.explain(error) from error
+            raise self.explain(EngineDead(f"a rank cannot be called: {error}")) from error
         self._bell.send(b"!")
         return replies
 
@@ -169,7 +173,7 @@ class RankGroup:
     def watch(self, on_death: Callable[[BaseException], None]) -> None:
         """The start is over: nothing of the group stays on disk, and from now on `on_death` is told that it is lost,
         from the watch's thread, once."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         with self._changed:
             failure = self.failure
             self._on_death = on_death
@@ -201,8 +205,8 @@ class RankGroup:
             self._watcher.join()
         for link in self._links.values():
             link.close()
-        _leave_distributed()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._leave()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Raises why the group was lost, or EngineDead saying `what` when the time is over."""
@@ -220,13 +224,13 @@ class RankGroup:
         from serve.ranks.listen import Listeners
 
         here = [rank for rank in self.peer_ranks if self._launcher.is_here(rank)]
-        ring_path = f"{self._directory}/ring"
+        ring_path = f"{self.directory}/ring"
         if here:
             self._ring = Ring(ring_path, self.world_size, here)
         host = self._launcher.host
-        where = f"file:{self._directory}/store" if host is None else f"tcp:{host}:0"
+        where = f"file:{self.directory}/store" if host is None else f"tcp:{host}:0"
         store, where = make_store(where, self.world_size, is_master=True)
-        listeners = Listeners(self._directory, host)
+        listeners = Listeners(self.directory, host)
         with contextlib.closing(listeners):
             for rank in self.peer_ranks:
                 is_here = rank in here
@@ -241,7 +245,7 @@ class RankGroup:
                     secret=self._secret.hex(),
                     store=where,
                     ring=ring_path if is_here else None,
-                    directory=str(self._directory) if is_here else None,
+                    directory=str(self.directory) if is_here else None,
                 )
                 self._processes[rank] = self._launcher.launch(spec)
             self._links = listeners.accept(self._processes, self._secret, START_S)
@@ -278,6 +282,13 @@ class RankGroup:
         self.wait_for(lambda: bool(outcome), START_S, "torch.distributed has not joined the ranks")
         if outcome[0] is not None:
             raise self.explain(outcome[0])
+        self._has_joined = True
+
+    def _leave(self) -> None:
+        from serve.ranks.join import leave
+
+        if self._has_joined:
+            leave()
 
     # -- the watch's thread ----------------------------------------------------------------------------------------
 
@@ -337,7 +348,7 @@ class RankGroup:
             self.failure = error
             on_death = self._on_death
             self._changed.notify_all()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         if on_death is not None:
             on_death(error)
 
@@ -346,9 +357,3 @@ def _memory_folder() -> str | None:
     """Where files are memory; None: the system's folder for temporary files, a disk perhaps, which costs no more than
     the odd write-back of the ring."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-def _leave_distributed() -> None:
-    from serve.ranks.join import leave
-
-    leave()

@@ -101,9 +101,9 @@ class Link:
 
     # -- for the driver, which does not ----------------------------------------------------------------------------
 
-    def ring_bell(self, header: bytes) -> bool:
-        """Send what `bell_of` made. False when it had to be queued. Raises OSError and LinkClosed."""
-        return self._offer(header)
+    def ring_bell(self, slot: int, length: int) -> bool:
+        """Tell of a message in the ring; as `offer`."""
+        return self._offer(_HEADER.pack(Kind.BELL, slot, length))
 
     def offer(self, kind: Kind, payload: Payload = b"") -> bool:
         """Send a frame, or queue what the socket does not take now: False then. Raises OSError and LinkClosed."""
@@ -157,11 +157,6 @@ class Link:
             frames.append((kind, bytes(self._received[_HEADER.size : end])))
             del self._received[:end]
         return frames
-
-
-def bell_of(slot: int, length: int) -> bytes:
-    """The frame that tells of a message in the ring: the same for every peer."""
-    return _HEADER.pack(Kind.BELL, slot, length)
 
 
 def prove_driver(sock: socket.socket, secret: bytes) -> int:

@@ -42,8 +42,8 @@ class Ring:
         self._slots = [self._memory[at : at + SLOT_BYTES] for at in range(start, size, SLOT_BYTES)]
         self._num_written = 0
 
-    def write(self, payload: bytes | bytearray | memoryview) -> int | None:
-        """The slot that holds `payload` now; None when it must travel inline."""
+    def write(self, payload: memoryview) -> int | None:
+        """The slot that holds these bytes now; None when they must travel inline."""
         number = self._num_written
         if len(payload) > SLOT_BYTES:
             return None
