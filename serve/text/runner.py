@@ -18,23 +18,27 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
-from serve.events import TokenLogprobs
-from serve.text.candidates import Candidates, find_candidates
+from serve.text.candidates import find_candidates
 from serve.text.cuda_graph import DecodeGraphs
-from serve.text.logprobs import Scores, score
+from serve.text.flight import Flight, PromptScores, land, take_off
+from serve.text.logprobs import score
+from serve.text.peers import Peers
 from serve.text.proposer import Proposed, Proposer
-from serve.text.sampler import Proposal, Sampled, Sampler, require_finite
+from serve.text.sampler import Proposal, Sampled, Sampler
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
-from serve.text.speculative import until_rejected
-from serve.transfer import to_device, to_host
+from serve.text.step_message import Step
+from serve.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -45,30 +49,17 @@ _CANARY_TOKENS = 4
 
 
 @dataclass(slots=True)
-class _PromptScores:
-    """Log-probabilities of one row's prompt tokens, in slices."""
-
-    row: int
-    num_top: int
-    slices: list[tuple[Scores, torch.Tensor]]
-    """With the largest logit of the whole slice, which tells whether all are numbers."""
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A submitted step: results in host memory once `done` has happened."""
+class _Planned:
+    """A step that is laid out, and told to the other ranks if there are any."""
 
     rows: list[Row]
-    draws: list[Row]
-    token_ids_R: torch.Tensor
-    best_R: torch.Tensor
-    scored: list[int]
-    scores: Scores | None
-    prompts: list[_PromptScores]
-    candidates: Candidates | None
-    done: torch.cuda.Event | None
-    began_s: float = 0.0
-    is_typical: bool = True
+    step: Step
+    proposed: Proposed
+    sources: list[int]
+    """Of the step's pending tokens: their places among the draws of the step before."""
+    began_s: float
+    computed: tuple[torch.Tensor, list[PromptScores], torch.Tensor | None] | None = None
+    """Logits of the wanted positions (hidden states for want of such), scores of prompts, tokens that were pending."""
 
 
 class TokenRunner:
@@ -85,18 +76,20 @@ class TokenRunner:
         max_rows_in_graph: int = 0,
         proposer: Proposer | None = None,
         rejects: bool = False,
+        peers: Peers | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
 
         Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`. `rejects`:
-        drafts are verified by rejection sampling; else draws are coupled (`speculative.py`).
+        drafts are verified by rejection sampling; else draws are coupled (`speculative.py`). `peers`: the other ranks,
+        of which this one is the driver.
         """
         self.model = model
         self.device = cache.device
         self._attention = attention
         self.kv_cache = attention.allocate(num_blocks + 1)
-        self._own_block = num_blocks
+        self._own_table = [num_blocks]
         self._block_size = cache.block_size
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._proposer = proposer
@@ -105,9 +98,13 @@ class TokenRunner:
         self._collected_s = 0.0
         """When the last step was collected: a later one does not count the time before."""
         self._is_async = cache.device.type == "cuda"
+        self._peers = peers
+        self._computes_late = peers is not None and peers.num_stages > 1 and not self._is_async
+        self._told: deque[_Planned] = deque()
+        """Steps that are to be computed when they are collected."""
         self._previous: tuple[list[Row], torch.Tensor] | None = None
         """Draws of the last submitted step and their token ids on the device."""
-        self._last: _Flight | None = None
+        self._last: Flight | None = None
         """The last submitted step."""
         self._canary_logits: torch.Tensor | None = None
         self._graphs: DecodeGraphs | None = None
@@ -116,7 +113,7 @@ class TokenRunner:
                 model,
                 attention,
                 self.kv_cache,
-                own_block=self._own_block,
+                own_block=num_blocks,
                 max_blocks=-(-max_model_len // cache.block_size),
                 block_size=cache.block_size,
                 max_rows=max_rows_in_graph,
@@ -125,26 +122,31 @@ class TokenRunner:
 
     # -- the contract ----------------------------------------------------------------------------------------------
 
-    def submit(self, batch: TokenBatch) -> _Flight:
+    def submit(self, batch: TokenBatch) -> Flight | _Planned:
         try:
             began_s = self._clock()
             with torch.inference_mode():
-                self._copy(batch.copies)
-                proposed = self._propose(batch.rows)
-                flight = self._compute(batch.rows, proposed)
-            flight.began_s, flight.is_typical = began_s, proposed.is_typical
-            self._last = flight
-            return flight
+                planned = self._plan(batch, self._propose(batch.rows), began_s)
+                if self._peers is not None:
+                    self._peers.tell(planned.step)
+                if self._computes_late:
+                    self._told.append(planned)
+                    return planned
+                return self._compute(planned)
         except torch.AcceleratorError as error:
             raise DeviceFault(f"the device failed: {error}") from error
 
-    def collect(self, handle: _Flight) -> TokenOutput:
+    def collect(self, handle: Flight | _Planned) -> TokenOutput:
+        if isinstance(handle, _Planned):
+            assert self._told.popleft() is handle, "steps are collected in order"
+            with torch.inference_mode():
+                handle = self._compute(handle)
         if handle.done is not None:
             try:
                 handle.done.synchronize()
             except (torch.AcceleratorError, RuntimeError) as error:
                 raise DeviceFault(f"the device failed: {error}") from error
-        output = _output(handle)
+        output = land(handle)
         now = self._clock()
         output.seconds, self._collected_s = now - max(handle.began_s, self._collected_s), now
         output.is_typical = handle.is_typical
@@ -195,14 +197,19 @@ class TokenRunner:
             return Proposed()
         return self._proposer.propose(rows, self._sampler)
 
-    def _compute(self, rows: list[Row], proposed: Proposed) -> _Flight:
+    def _plan(self, batch: TokenBatch, proposed: Proposed, began_s: float) -> _Planned:
+        """Lay the rows out flat."""
+        rows = batch.rows
         ids: list[int] = []
         positions: list[int] = []
         num_new: list[int] = []
         last: list[int] = []
         last_of_beams: list[int] = []
+        scored: list[tuple[int, int]] = []
         for row in rows:
             new, start = row.token_ids + row.drafts if row.drafts else row.token_ids, row.start
+            if row.scores_prompt:
+                scored += self._slices(row, len(ids))
             if len(new) == 1:
                 ids.append(new[0])
                 positions.append(start)
@@ -214,24 +221,52 @@ class TokenRunner:
                 last_of_beams += range(len(ids) - row.samples, len(ids))
             elif row.samples:
                 last += range(len(ids) - 1 - len(row.drafts), len(ids))
-        num_tokens = len(ids)
         last += last_of_beams
-        pending = self._pending(ids, rows)
-
-        packed = to_device(ids + positions + last, self.device)
-        ids_T, positions_T, last_R = packed[:num_tokens], packed[num_tokens : 2 * num_tokens], packed[2 * num_tokens :]
-        if pending is not None:
-            ids_T[pending[0]] = pending[1]
+        pending, sources = self._pending(ids, rows) if PENDING in ids else ([], [])
         layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
-        if self._graphs is not None and num_tokens == len(rows) and self._graphs.covers(num_tokens):
+        wants_all = len(last) == len(ids) and not last_of_beams
+        step = Step(ids, positions, layout, last, wants_all, scored, batch.copies, pending)
+        return _Planned(rows, step, proposed, sources, began_s)
+
+    def _compute(self, planned: _Planned) -> Flight:
+        self._compute_model(planned)
+        assert planned.computed is not None
+        flight = self._choose(planned, *planned.computed)
+        flight.began_s, flight.is_typical = planned.began_s, planned.proposed.is_typical
+        self._last = flight
+        return flight
+
+    def _compute_model(self, planned: _Planned) -> None:
+        """What all ranks do together, in the same order; nothing when it is done already."""
+        if planned.computed is not None:
+            return
+        if self._peers is None:
+            planned.computed = self._logits(planned)
+        else:
+            with self._peers.in_step():
+                planned.computed = self._logits(planned)
+
+    def _logits(self, planned: _Planned) -> tuple[torch.Tensor, list[PromptScores], torch.Tensor | None]:
+        step = planned.step
+        self._copy(step.copies)
+        num_tokens, layout = len(step.token_ids), step.layout
+        packed = to_device(step.token_ids + step.positions + step.wanted, self.device)
+        ids_T, positions_T, last_R = packed[:num_tokens], packed[num_tokens : 2 * num_tokens], packed[2 * num_tokens :]
+        if step.pending:
+            assert self._previous is not None
+            to_P, of_P = to_device(step.pending + planned.sources, self.device).split(len(step.pending))
+            ids_P = self._previous[1][of_P]
+            if self._peers is not None:
+                self._peers.share(ids_P)
+            ids_T[to_P] = ids_P
+        if self._graphs is not None and num_tokens == len(layout.num_new) and self._graphs.covers(num_tokens):
             hidden_TD = self._graphs.forward(ids_T, positions_T, layout)
         else:
             hidden_TD = self._forward(ids_T, positions_T, layout)
-
-        prompts = [self._score_prompt(i, rows, num_new, hidden_TD) for i, row in enumerate(rows) if row.scores_prompt]
-        hidden_RD = hidden_TD if len(last) == num_tokens and not last_of_beams else hidden_TD[last_R]
-        pending_R = ids_T[last_R] if pending is not None else None
-        return self._choose(rows, hidden_RD, pending_R, proposed, prompts)
+        prompts = self._score_prompts(planned, hidden_TD) if step.scored else []
+        hidden_RD = hidden_TD if step.wants_all else hidden_TD[last_R]
+        pending_R = ids_T[last_R] if step.pending else None
+        return self.model.logits(hidden_RD) if step.wanted else hidden_RD, prompts, pending_R
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         if copies:
@@ -240,18 +275,17 @@ class TokenRunner:
 
     def _choose(
         self,
-        rows: list[Row],
-        hidden_RD: torch.Tensor,
+        planned: _Planned,
+        logits_RV: torch.Tensor,
+        prompts: list[PromptScores],
         pending_R: torch.Tensor | None,
-        proposed: Proposed,
-        prompts: list[_PromptScores],
-    ) -> _Flight:
+    ) -> Flight:
         """Draw tokens, then find candidates for beams: so come the positions that want logits."""
+        rows = planned.rows
         draws, beams = _draws(rows), [row for row in rows if row.samples and row.num_candidates]
         num_draws = len(draws)
-        logits_RV = self.model.logits(hidden_RD) if draws or beams else hidden_RD
         if draws:
-            proposals = _proposals(rows, proposed) if self._rejects else None
+            proposals = _proposals(rows, planned.proposed) if self._rejects else None
             pending_R = None if pending_R is None else pending_R[:num_draws]
             if pending_R is not None:
                 self._reveal(draws)
@@ -261,19 +295,16 @@ class TokenRunner:
             sampled = Sampled(nothing, nothing, [], None)
         self._previous = (draws, sampled.token_ids_R)
         candidates = find_candidates(self._sampler, logits_RV[num_draws:], beams) if beams else None
-        return self._take_off(rows, draws, sampled, prompts, candidates)
+        return take_off(rows, draws, sampled, prompts, candidates, is_async=self._is_async)
 
     def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         context = StepContext(self._attention, self._attention.plan(layout), self.kv_cache)
         return self.model.forward(ids_T, positions_T, context)
 
-    def _pending(self, ids: list[int], rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Where PENDING stands in `ids`, and the tokens that belong there, on the device. None: nowhere."""
-        if PENDING not in ids:
-            return None
+    def _pending(self, ids: list[int], rows: list[Row]) -> tuple[list[int], list[int]]:
+        """Where PENDING stands in `ids`, which becomes 0 there, and which draws of the step before belong there."""
         assert self._previous is not None
-        previous_rows, token_ids_R = self._previous
-        index = {row.job.id: i for i, row in enumerate(previous_rows)}
+        index = {row.job.id: i for i, row in enumerate(self._previous[0])}
         to, of, at = [], [], -1
         for row in rows:
             at += len(row.token_ids) + len(row.drafts)
@@ -281,8 +312,7 @@ class TokenRunner:
                 to.append(at)
                 of.append(index[row.job.id])
                 ids[at] = 0
-        to_P, of_P = to_device(to + of, self.device).split(len(to))
-        return to_P, token_ids_R[of_P]
+        return to, of
 
     def _reveal(self, draws: list[Row]) -> None:
         """Tell constrained rows what their PENDING token is. It waits for the step before; this one's forward is queued
@@ -297,55 +327,45 @@ class TokenRunner:
         for row in waiting:
             row.newest = known[row.job.id]
 
-    def _score_prompt(self, at: int, rows: list[Row], num_new: list[int], hidden_TD: torch.Tensor) -> _PromptScores:
-        """The log-probability of each prompt token that follows one of this row's positions."""
-        row = rows[at]
-        assert row.job.prompt_logprobs is not None
-        known = row.job.token_ids[row.start + 1 : min(row.start + 1 + len(row.token_ids), row.job.num_prompt)]
-        first, num_top = sum(num_new[:at]), row.job.prompt_logprobs
+    def _slices(self, row: Row, first: int) -> list[tuple[int, int]]:
+        """Of the row's positions, which lie at `first` and on: those followed by a prompt token, in parts whose logits
+        may be held at once."""
+        num_known = min(row.start + 1 + len(row.token_ids), row.job.num_prompt) - row.start - 1
         size = max(1, _SCORED_AT_ONCE // self.model.spec.vocab_size)
-        scores = _PromptScores(at, num_top, [])
-        next_ids = to_device(known, self.device)
-        for start in range(0, len(known), size):
-            stop = min(start + size, len(known))
-            logits_RV = self.model.logits(hidden_TD[first + start : first + stop])
-            scores.slices.append((score(logits_RV, next_ids[start:stop], num_top), logits_RV.amax()))
-        return scores
+        stop = first + num_known
+        return [(start, min(start + size, stop)) for start in range(first, stop, size)]
 
-    def _take_off(
-        self,
-        rows: list[Row],
-        draws: list[Row],
-        sampled: Sampled,
-        prompts: list[_PromptScores],
-        candidates: Candidates | None,
-    ) -> _Flight:
-        """Start the copies to the host."""
-        for prompt in prompts:
-            prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
-        flight = _Flight(
-            rows,
-            draws,
-            to_host(sampled.token_ids_R),
-            to_host(sampled.best_R),
-            sampled.scored,
-            None if sampled.scores is None else sampled.scores.to_host(),
-            prompts,
-            None if candidates is None else candidates.to_host(),
-            torch.cuda.Event() if self._is_async else None,
-        )
-        if flight.done is not None:
-            flight.done.record()
-        return flight
+    def _score_prompts(self, planned: _Planned, hidden_TD: torch.Tensor) -> list[PromptScores]:
+        """The log-probability of each prompt token that follows one of the scored positions."""
+        scores: dict[int, PromptScores] = {}
+        ends = list(accumulate(planned.step.layout.num_new))
+        for start, stop in planned.step.scored:
+            at = bisect_right(ends, start)
+            row = planned.rows[at]
+            num_top = row.job.prompt_logprobs
+            assert num_top is not None
+            skip = row.start + 1 - (ends[at - 1] if at else 0)
+            next_ids = to_device(row.job.token_ids[start + skip : stop + skip], self.device)
+            logits_RV = self.model.logits(hidden_TD[start:stop])
+            part = score(logits_RV, next_ids, num_top), logits_RV.amax()
+            scores.setdefault(at, PromptScores(at, num_top, [])).slices.append(part)
+        return list(scores.values())
 
     @torch.inference_mode()
     def _canary(self) -> torch.Tensor:
         """Logits of a fixed prompt in the runner's own block, on the host."""
+        for planned in self._told:  # in order
+            self._compute_model(planned)
         num_tokens = min(_CANARY_TOKENS, self._block_size)
         ids = [1 + i % (self.model.spec.vocab_size - 1) for i in range(num_tokens)]
-        layout = TokenLayout([num_tokens], [0], [[self._own_block]])
-        hidden_TD = self._forward(to_device(ids, self.device), to_device(range(num_tokens), self.device), layout)
-        return self.model.logits(hidden_TD).cpu()
+        places = list(range(num_tokens))
+        step = Step(ids, places, TokenLayout([num_tokens], [0], [self._own_table]), places, wants_all=True)
+        planned = _Planned([], step, Proposed(), [], 0.0)
+        if self._peers is not None:
+            self._peers.tell(planned.step)
+        self._compute_model(planned)
+        assert planned.computed is not None
+        return planned.computed[0].cpu()
 
 
 def _draws(rows: list[Row]) -> list[Row]:
@@ -367,33 +387,3 @@ def _proposals(rows: list[Row], proposed: Proposed) -> list[Proposal | None]:
             ]
             proposals.append(None)
     return proposals
-
-
-def _output(flight: _Flight) -> TokenOutput:
-    rows, draws = flight.rows, flight.draws
-    require_finite(flight.best_R.tolist(), draws)
-    drawn = flight.token_ids_R.tolist()
-    scores: dict[int, TokenLogprobs] = {}
-    if flight.scores is not None:
-        num_top = [draws[i].job.sampling.logprobs or 0 for i in flight.scored]
-        scores = dict(zip(flight.scored, flight.scores.tolist(num_top)))
-    output, at = TokenOutput([], [], [None] * len(rows)), 0
-    for row in rows:
-        if not row.samples or row.num_candidates:
-            output.token_ids.append(())
-            output.logprobs.append(None)
-            continue
-        num_drafts = len(row.drafts)
-        sampled = until_rejected(drawn[at : at + num_drafts + 1], row.drafts) if num_drafts else (drawn[at],)
-        output.token_ids.append(sampled)
-        output.logprobs.append(tuple(scores[at + i] for i in range(len(sampled))) if at in scores else None)
-        at += num_drafts + 1
-    for prompt in flight.prompts:
-        require_finite([float(best) for _, best in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
-        output.prompt_logprobs[prompt.row] = [
-            entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
-        ]
-    if flight.candidates is not None:
-        beams = (i for i, row in enumerate(rows) if row.samples and row.num_candidates)
-        output.candidates = dict(zip(beams, flight.candidates.tolist()))
-    return output

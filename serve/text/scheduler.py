@@ -22,16 +22,15 @@ sequence makes what is in flight for it stale, and its blocks stay taken until t
 settled. A sequence whose drafts are in flight waits for them, for its next position depends on how many hold; one that
 is to draft waits until its newest token is known.
 
-Stages. Where a model is computed in stages (pipeline parallel) a batch's tokens are known only when it has left the
-last one, and what keeps the stages busy is other batches. So a sequence whose next token is in flight waits for it, and
-a batch takes no more than its share of the decodes. Chunks of one prompt still follow each other.
+Where a model is computed in stages (pipeline parallel) a sequence whose next token is in flight waits for it, and a
+batch takes no more than its share of the decodes (`turns.py`). Chunks of one prompt still follow each other.
 
 Follows vLLM's V1 scheduler (one token count per request) and Sarathi-Serve (Agrawal et al., 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from serve.backend import Load
 from serve.engine.interface import Update
@@ -44,6 +43,7 @@ from serve.text.draft_length import DraftLength
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
 from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
+from serve.text.turns import in_turn
 
 WATERMARK = 0.03
 """Share of the blocks left free at admission. vLLM's preemptions fell from 1065 to 187 in a memory-bound run with 0.05
@@ -66,15 +66,11 @@ class TokenScheduler:
         draft_length: DraftLength | None = None,
         num_stages: int = 1,
     ):
-        """`draft_length` says how many drafts a decode gets and hears how it went. None: no speculation.
-
-        `num_stages`: of the model, which compute as many batches at a time; the engine's depth is one less.
-        """
+        """`draft_length` says how many drafts a decode gets and hears how it went; None: no speculation. The stages of
+        the model compute as many batches at a time; the engine's depth is one less."""
         if min(max_num_seqs, max_num_batched_tokens) < 1:
-            raise ValueError(
-                f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}; "
-                "both must be at least 1"
-            )
+            budgets = f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}"
+            raise ValueError(f"{budgets}; both must be at least 1")
         self.kv_cache = kv_cache
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # so that every decode fits into every step
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -84,7 +80,6 @@ class TokenScheduler:
         """Prompt positions looked up in the prefix cache, at a sequence's first admission."""
         self.num_prefix_hit_tokens = 0
         """Those of them that were found."""
-
         self.draft_length = draft_length
 
         self._limits = Limits(
@@ -145,9 +140,8 @@ class TokenScheduler:
     # -- the next step ---------------------------------------------------------------------------------------------
 
     def schedule(self, only: Sequence | None = None) -> TokenBatch | None:
-        num_drafts = 0
-        if only is None and self.draft_length is not None:
-            num_drafts = self.draft_length.choose(-(-len(self._running) // self._num_stages))
+        length, num_rows = self.draft_length, -(-len(self._running) // self._num_stages)
+        num_drafts = 0 if only is not None or length is None else length.choose(num_rows)
         plan = self._plan(num_drafts) if only is None else self._plan_alone(only)
         if not plan:
             return None
@@ -161,7 +155,7 @@ class TokenScheduler:
         plan: dict[Sequence, int] = {}
         prefills: dict[Sequence, int] = {}
         is_short = False
-        for seq in list(self._running) if self._num_stages == 1 else self._in_turn(plan):
+        for seq in in_turn(self._running, plan, self._num_stages):
             num_new = seq.num_wanted
             if num_new > seq.num_seats:
                 prefills[seq] = num_new
@@ -202,22 +196,6 @@ class TokenScheduler:
             plan[seq] += extra
             left -= extra
         return plan
-
-    def _in_turn(self, plan: dict[Sequence, int]) -> Iterator[Sequence]:
-        """With stages: the prefills, then the decodes, who has waited longest first, till `plan` has its share."""
-        decodes = []
-        for seq in list(self._running):
-            if seq.num_wanted > seq.num_seats:
-                yield seq
-            else:
-                decodes.append(seq)
-        left = -(-sum(seq.num_seats for seq in decodes) // self._num_stages)
-        for seq in sorted(decodes, key=lambda seq: max(part.last_step for part in seq.holders)):
-            if left <= 0:
-                break
-            if not seq.num_pending:
-                yield seq
-                left -= plan.get(seq, 0)
 
     def _plan_alone(self, seq: Sequence) -> dict[Sequence, int]:
         """Nothing is in flight, so what a victim holds comes free at once."""

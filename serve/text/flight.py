@@ -1,0 +1,104 @@
+"""A step on its way from the device to the host: what was drawn, scored and found, and how it reads as an output.
+
+Legend: R rows that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from serve.events import TokenLogprobs
+from serve.text.candidates import Candidates
+from serve.text.logprobs import Scores
+from serve.text.sampler import Sampled, require_finite
+from serve.text.sequence import Row, TokenOutput
+from serve.text.speculative import until_rejected
+from serve.transfer import to_host
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Log-probabilities of one row's prompt tokens, in slices."""
+
+    row: int
+    num_top: int
+    slices: list[tuple[Scores, torch.Tensor]]
+    """With the largest logit of the whole slice, which tells whether all are numbers."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A submitted step: results in host memory once `done` has happened."""
+
+    rows: list[Row]
+    draws: list[Row]
+    token_ids_R: torch.Tensor
+    best_R: torch.Tensor
+    scored: list[int]
+    scores: Scores | None
+    prompts: list[PromptScores]
+    candidates: Candidates | None
+    done: torch.cuda.Event | None
+    began_s: float = 0.0
+    is_typical: bool = True
+
+
+def take_off(
+    rows: list[Row],
+    draws: list[Row],
+    sampled: Sampled,
+    prompts: list[PromptScores],
+    candidates: Candidates | None,
+    *,
+    is_async: bool,
+) -> Flight:
+    """Start the copies to the host."""
+    for prompt in prompts:
+        prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
+    flight = Flight(
+        rows,
+        draws,
+        to_host(sampled.token_ids_R),
+        to_host(sampled.best_R),
+        sampled.scored,
+        None if sampled.scores is None else sampled.scores.to_host(),
+        prompts,
+        None if candidates is None else candidates.to_host(),
+        torch.cuda.Event() if is_async else None,
+    )
+    if flight.done is not None:
+        flight.done.record()
+    return flight
+
+
+def land(flight: Flight) -> TokenOutput:
+    """The output, once `done` has happened. RequestFailed for a row whose logits are no numbers."""
+    rows, draws = flight.rows, flight.draws
+    require_finite(flight.best_R.tolist(), draws)
+    drawn = flight.token_ids_R.tolist()
+    scores: dict[int, TokenLogprobs] = {}
+    if flight.scores is not None:
+        num_top = [draws[i].job.sampling.logprobs or 0 for i in flight.scored]
+        scores = dict(zip(flight.scored, flight.scores.tolist(num_top)))
+    output, at = TokenOutput([], [], [None] * len(rows)), 0
+    for row in rows:
+        if not row.samples or row.num_candidates:
+            output.token_ids.append(())
+            output.logprobs.append(None)
+            continue
+        num_drafts = len(row.drafts)
+        sampled = until_rejected(drawn[at : at + num_drafts + 1], row.drafts) if num_drafts else (drawn[at],)
+        output.token_ids.append(sampled)
+        output.logprobs.append(tuple(scores[at + i] for i in range(len(sampled))) if at in scores else None)
+        at += num_drafts + 1
+    for prompt in flight.prompts:
+        require_finite([float(best) for _, best in prompt.slices], [rows[prompt.row]] * len(prompt.slices))
+        output.prompt_logprobs[prompt.row] = [
+            entry for part, _ in prompt.slices for entry in part.tolist([prompt.num_top] * len(part.token_ids_R))
+        ]
+    if flight.candidates is not None:
+        beams = (i for i, row in enumerate(rows) if row.samples and row.num_candidates)
+        output.candidates = dict(zip(beams, flight.candidates.tolist()))
+    return output
