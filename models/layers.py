@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from models.parallel import Place
+
 MIN_ROWS = 4
 """On CPU a product with fewer rows is padded to this many: packed float32 rounds a lone row differently at some shapes,
 and oneDNN's bfloat16 kernels are 20 to 30 % faster at 4 rows than at 1 or 2 (4096 x 1024, one thread, AMD EPYC: 406
@@ -76,6 +78,28 @@ class Linear:
         if self.is_packed:
             return _linear_packed_with(x_TD, residual_TE, self.weight_ED, self.bias_E, "add")
         return residual_TE.add_(F.linear(x_TD, self.weight_ED, self.bias_E))
+
+
+class SummedLinear:
+    """A `Linear` over a shard of the input features: the shards' products are added, one of them has the bias.
+
+    The sum comes before the residual, so that in bfloat16 the residual is rounded once, as on one rank.
+    """
+
+    __slots__ = ("_linear", "_place")
+
+    def __init__(self, linear: Linear, place: Place):
+        self._linear = linear
+        self._place = place
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return self._linear.parameters()
+
+    def finish(self) -> None:
+        self._linear.finish()
+
+    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        return residual_TE.add_(self._place.sum_(self._linear(x_TD)))
 
 
 class GatedLinear:

@@ -47,7 +47,7 @@ class Place:
         """
         from torch import distributed
 
-        world = distributed.group.WORLD
+        world: Any = distributed.group.WORLD
         stage, tensor_rank = divmod(rank, tensor_size)
         tensor_group = None
         if tensor_size > 1:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from models.parallel import ALONE, Place
 from models.text import llama, mistral, qwen2, qwen3
 from models.text.architecture import DenseArchitecture, read_eos
 from models.text.base import CausalLM, ModelError
 from models.text.decoder import Decoder
-from models.weights import Progress, fill_dummy, load_weights
+from models.text.decoder_rank import DecoderRank
+from models.weights import Progress
 
 NATIVE: dict[str, Callable[[dict[str, Any]], DenseArchitecture]] = {
     "LlamaForCausalLM": llama.read,
@@ -33,12 +35,14 @@ def load_text_model(
     dtype: torch.dtype | None = None,
     load_format: str = "auto",
     max_model_len: int | None = None,
+    place: Place = ALONE,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The language model in `folder`, ready to compute on `device`.
 
     `dtype` None: as stored. `load_format` "dummy": random weights. `max_model_len`: positions that will be
     served, where fewer than the model was made for (a smaller table of positions; LongRoPE chooses its factors by it).
+    `place`: the rank whose part of the model is loaded and computed; all ranks load.
     Raises ModelError or WeightsError.
     """
     config = read_config(folder)
@@ -55,17 +59,13 @@ def load_text_model(
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     longest = architecture.spec.max_positions
-    model = Decoder(
-        architecture,
-        dtype=dtype or architecture.spec.dtype,
-        device=device,
-        num_positions=min(max_model_len or longest, longest),
+    wanted, num_positions = dtype or architecture.spec.dtype, min(max_model_len or longest, longest)
+    model = (
+        Decoder(architecture, dtype=wanted, device=device, num_positions=num_positions)
+        if place.is_alone
+        else DecoderRank(architecture, place, dtype=wanted, device=device, num_positions=num_positions)
     )
-    if load_format == "dummy":
-        fill_dummy(model.parameters(), progress=progress)
-    else:
-        load_weights(folder, model.parameters(), unused=model.unused_names, progress=progress)
-    model.finish()
+    model.load(folder, load_format=load_format, progress=progress)
     return model
 
 

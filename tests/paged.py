@@ -31,9 +31,9 @@ class PagedModel:
 
     def __init__(self, model: CausalLM, attention: str | AttentionBackend = "sdpa", *, num_blocks: int = 64):
         self.model = model
-        self.spec = cache_spec(model.spec)
+        self.spec = cache_spec(model.rank_spec)
         self.attention = (
-            make_attention(attention, self.spec, model.spec.num_heads) if isinstance(attention, str) else attention
+            make_attention(attention, self.spec, model.rank_spec.num_heads) if isinstance(attention, str) else attention
         )
         self.cache: list[Any] = self.attention.allocate(num_blocks)
         generator = torch.Generator().manual_seed(1)
@@ -44,6 +44,11 @@ class PagedModel:
 
     def step(self, new: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """logits [tokens, V] of every sequence's new tokens, from one forward."""
+        parts = self.model.logits(self.forward(new)).split([len(tokens) for tokens in new.values()])
+        return dict(zip(new, parts, strict=True))
+
+    def forward(self, new: Mapping[str, Sequence[int]]) -> torch.Tensor:
+        """hidden [tokens, D] of the new tokens, flat."""
         for name, tokens in new.items():
             table = self.tables.setdefault(name, [])
             length = self.lengths.setdefault(name, 0) + len(tokens)
@@ -61,8 +66,7 @@ class PagedModel:
         self.num_forwards += 1
         for name, tokens in new.items():
             self.lengths[name] += len(tokens)
-        parts = self.model.logits(hidden_TD).split([len(tokens) for tokens in new.values()])
-        return dict(zip(new, parts, strict=True))
+        return hidden_TD
 
     def fork(self, name: str, new_name: str, num_blocks: int) -> None:
         """`new_name` begins with the first `num_blocks` blocks of `name`, shared (a prefix hit)."""

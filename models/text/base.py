@@ -46,6 +46,9 @@ class CausalLM(Protocol):
     """A decoder over flat tokens. Both the native decoder and `hf.py` satisfy it; one engine step is one `forward`."""
 
     spec: DecoderSpec
+    """Of the whole model."""
+    rank_spec: DecoderSpec
+    """With the layers and heads that this rank computes; sizes its KV cache."""
 
     @property
     def num_parameters(self) -> int: ...

@@ -9,14 +9,18 @@ Legend: T tokens of the step, D hidden size, N query heads, K key/value heads, H
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from models.layers import MIN_ROWS, GatedLinear, Linear, RMSNorm
+from models.layers import MIN_ROWS, GatedLinear, Linear, RMSNorm, SummedLinear
+from models.parallel import ALONE, Place
 from models.text.architecture import DenseArchitecture
 from models.text.base import StepContext
 from models.text.rope import RopeTable, interleave, rotate_
+from models.text.share import Share
+from models.weights import Cut, Progress, fill_dummy, load_weights
 
 
 class Decoder:
@@ -29,11 +33,12 @@ class Decoder:
         self, architecture: DenseArchitecture, *, dtype: torch.dtype, device: torch.device, num_positions: int
     ):
         spec = architecture.spec
-        self.spec = replace(spec, dtype=dtype)
+        self.spec = self.rank_spec = replace(spec, dtype=dtype)
         self.architecture = architecture
         self.device = device
         self._embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
-        self._layers = [_Layer(index, architecture, dtype=dtype, device=device) for index in range(spec.num_layers)]
+        share = Share.of(architecture)
+        self._layers = [DecoderLayer(index, architecture, share, dtype=dtype, device=device) for index in share.layers]
         self._norm = RMSNorm((spec.hidden_size,), architecture.norm_eps, dtype=dtype, device=device)
         self._head = Linear(
             spec.hidden_size, [("lm_head", spec.vocab_size)], has_bias=False, dtype=dtype, device=device
@@ -43,6 +48,9 @@ class Decoder:
         self._min_rows = MIN_ROWS if device.type == "cpu" else 1
         self._rope = RopeTable(architecture.rope, num_positions=num_positions, device=device)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters().values())
+        self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters().values())
+        self.num_bytes_read = 0
+        """Of the checkpoint's files, by `load`."""
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Checkpoint name → the storage it fills."""
@@ -57,6 +65,25 @@ class Decoder:
     def unused_names(self) -> tuple[str, ...]:
         """What a checkpoint may hold without a place here: tied embeddings stored twice."""
         return ("lm_head.weight",) if self.architecture.ties_embeddings else ()
+
+    def cuts(self) -> dict[str, Cut]:
+        """Which of `parameters()` are parts of a tensor of the checkpoint."""
+        return {}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of every tensor the checkpoint must hold."""
+        return {name: parameter.shape for name, parameter in self.parameters().items()}
+
+    def load(self, folder: Path, *, load_format: str, progress: Progress | None = None) -> None:
+        """Fill the weights from the files in `folder`, or with random numbers ("dummy"), and `finish`."""
+        parameters, cuts, whole = self.parameters(), self.cuts(), self.shapes()
+        if load_format == "dummy":
+            fill_dummy(parameters, cuts=cuts, whole=whole, progress=progress)
+        else:
+            self.num_bytes_read = load_weights(
+                folder, parameters, cuts=cuts, whole=whole, unused=self.unused_names, progress=progress
+            )
+        self.finish()
 
     def finish(self) -> None:
         """Called once, when the weights are in: each matrix takes the layout it is computed in.
@@ -75,7 +102,7 @@ class Decoder:
             missing = self._min_rows - num_tokens
             token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
         x_TD = F.embedding(token_ids_T, self._embedding_VD)
-        step = _Step(context, self._rope.at(positions_T), num_tokens)
+        step = DecoderStep(context, self._rope.at(positions_T), num_tokens)
         for layer in self._layers:
             x_TD = layer.advance(x_TD, step)
         return self._norm(x_TD)[:num_tokens]
@@ -89,7 +116,7 @@ class Decoder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class DecoderStep:
     """What the layers of one forward share. Rows from `num_tokens` on are padding, of no sequence."""
 
     context: StepContext
@@ -97,37 +124,48 @@ class _Step:
     num_tokens: int
 
 
-class _Layer:
-    """Attention and feed-forward, each normed before and added after."""
+class DecoderLayer:
+    """Attention and feed-forward, each normed before and added after; of a shard, some heads and features of both."""
 
-    def __init__(self, index: int, architecture: DenseArchitecture, *, dtype: torch.dtype, device: torch.device):
-        spec, inner = architecture.spec, architecture.intermediate_size
+    def __init__(
+        self,
+        index: int,
+        architecture: DenseArchitecture,
+        share: Share,
+        place: Place = ALONE,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        spec, inner = architecture.spec, len(share.inner)
         name = f"model.layers.{index}"
-        heads_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self._num_heads, self._num_kv_heads, self._head_dim = len(share.heads), len(share.kv_heads), spec.head_dim
+        heads_width, kv_width = self._num_heads * spec.head_dim, self._num_kv_heads * spec.head_dim
 
         def linear(in_features: int, parts: list[tuple[str, int]], *, has_bias: bool) -> Linear:
             named = [(f"{name}.{part}", size) for part, size in parts]
             return Linear(in_features, named, has_bias=has_bias, dtype=dtype, device=device)
 
+        def output(in_features: int, part: str, *, has_bias: bool) -> Linear | SummedLinear:
+            own = linear(in_features, [(part, spec.hidden_size)], has_bias=has_bias and place.tensor_rank == 0)
+            return own if place.tensor_size == 1 else SummedLinear(own, place)
+
         def norm(*shape: int) -> RMSNorm:
             return RMSNorm(shape, architecture.norm_eps, dtype=dtype, device=device)
 
-        self._index, self._name = index, name
-        self._num_heads, self._num_kv_heads, self._head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self._cache_index, self._name, self._share = index - share.layers.start, name, share
         self._scale = spec.head_dim**-0.5
         self._window = architecture.windows[index]
         self._attention_norm, self._mlp_norm = norm(spec.hidden_size), norm(spec.hidden_size)
         # One row per query and key head, so that both are normed in one call.
-        num_rotated = spec.num_heads + spec.num_kv_heads
+        num_rotated = self._num_heads + self._num_kv_heads
         self._qk_norm = norm(num_rotated, spec.head_dim) if architecture.has_qk_norm else None
         self._qkv = linear(
             spec.hidden_size,
             [("self_attn.q_proj", heads_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)],
             has_bias=architecture.has_qkv_bias,
         )
-        self._output = linear(
-            heads_width, [("self_attn.o_proj", spec.hidden_size)], has_bias=architecture.has_output_bias
-        )
+        self._output = output(heads_width, "self_attn.o_proj", has_bias=architecture.has_output_bias)
         self._gate_up = GatedLinear(
             spec.hidden_size,
             (f"{name}.mlp.gate_proj", inner),
@@ -136,7 +174,7 @@ class _Layer:
             dtype=dtype,
             device=device,
         )
-        self._down = linear(inner, [("mlp.down_proj", spec.hidden_size)], has_bias=architecture.has_mlp_bias)
+        self._down = output(inner, "mlp.down_proj", has_bias=architecture.has_mlp_bias)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         named = {
@@ -150,6 +188,26 @@ class _Layer:
             named.update(linear.parameters())
         return named
 
+    def cuts(self) -> dict[str, Cut]:
+        """Where a shard lies in the checkpoint: rows by head and feature, columns where products are summed."""
+        heads, kv_heads, inner = (
+            part.start * width
+            for part, width in (
+                (self._share.heads, self._head_dim),
+                (self._share.kv_heads, self._head_dim),
+                (self._share.inner, 1),
+            )
+        )
+        rows = {
+            "self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads,
+            "mlp.gate_proj": inner, "mlp.up_proj": inner,
+        }  # fmt: skip
+        columns = {"self_attn.o_proj": heads, "mlp.down_proj": inner}
+        return {
+            **{f"{self._name}.{part}.{kind}": Cut(0, at) for part, at in rows.items() for kind in ("weight", "bias")},
+            **{f"{self._name}.{part}.weight": Cut(1, at) for part, at in columns.items()},
+        }
+
     def finish(self) -> None:
         num_rotated = (self._num_heads + self._num_kv_heads) * self._head_dim
         for rotated in (self._qkv.weight_ED, self._qkv.bias_E):
@@ -162,12 +220,12 @@ class _Layer:
         for part in (self._qkv, self._output, self._gate_up, self._down, self._attention_norm, self._mlp_norm):
             part.finish()
 
-    def advance(self, x_TD: torch.Tensor, step: _Step) -> torch.Tensor:
+    def advance(self, x_TD: torch.Tensor, step: DecoderStep) -> torch.Tensor:
         """`x_TD` with this layer's two contributions; the tensor given may be changed."""
         x_TD = self._output.add_to(x_TD, self._attend(self._attention_norm(x_TD), step))
         return self._down.add_to(x_TD, self._gate_up(self._mlp_norm(x_TD)))
 
-    def _attend(self, x_TD: torch.Tensor, step: _Step) -> torch.Tensor:
+    def _attend(self, x_TD: torch.Tensor, step: DecoderStep) -> torch.Tensor:
         num_rows, num_tokens = x_TD.shape[0], step.num_tokens
         num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
         qkv_TNH = self._qkv(x_TD).view(num_rows, num_heads + 2 * num_kv_heads, self._head_dim)
@@ -181,7 +239,7 @@ class _Layer:
         out_TNH = step.context.attention.attend(
             qkv_TNH[:, :num_heads],
             qkv_TNH[:, num_heads:].unflatten(1, (2, num_kv_heads)),
-            step.context.kv_cache[self._index],
+            step.context.kv_cache[self._cache_index],
             step.context.plan,
             scale=self._scale,
             window=self._window,

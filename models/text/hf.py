@@ -71,7 +71,7 @@ class TransformersDecoder:
         self._min_rows = MIN_ROWS if model.device.type == "cpu" else 1
         _fix_frequencies(self._base, num_positions)
         self.num_parameters: int = model.num_parameters()
-        self.spec = self._measure(eos_token_ids)
+        self.spec = self.rank_spec = self._measure(eos_token_ids)
         self._prove()
 
     @torch.inference_mode()
