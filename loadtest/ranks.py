@@ -1,9 +1,9 @@
 """What it costs to hand a step to the other ranks: the driver's time, and the time until a peer has understood it.
 
-    python -m loadtest.ranks [--peers 1 3] [--sequences 1 32 256] [--steps 1000] [--pause-ms 1]
+    python -m loadtest.ranks [--peers 1 3] [--sequences 1 32 256] [--prompt 8192] [--steps 1000] [--pause-ms 1]
 
-Steps are decode steps of the text engine: one token a sequence, block tables of which one in sixteen grows. Paths: the
-group's own (shared-memory ring and a bell), the same bytes inline on a Unix socket and over TCP on loopback, and
+Steps are decode steps of the text engine: one token a sequence, block tables of which one in sixteen grows; and the
+prefill of a prompt with its new block table. Paths: the group's own (shared-memory ring and a bell), the same bytes inline on a Unix socket and over TCP on loopback, and
 `torch.distributed.broadcast_object_list` over gloo, which needs no code and which everybody knows. Between steps the
 driver pauses, so that peers sleep in their sockets as they do under load.
 
@@ -61,7 +61,7 @@ class _TcpLauncher(LocalLauncher):
 
     host = "127.0.0.1"
 
-    def is_here(self, rank: int) -> bool:
+    def is_here(self, rank: int, driver_rank: int) -> bool:
         return False
 
 
@@ -69,6 +69,7 @@ class _Decodes:
     """Steps of `num_sequences` running sequences."""
 
     def __init__(self, num_sequences: int) -> None:
+        self.num_sequences = num_sequences
         self._starts = [CACHED_TOKENS + i for i in range(num_sequences)]
         self._tables = [list(range(-(-start // BLOCK_SIZE) + 1)) for start in self._starts]
 
@@ -82,6 +83,20 @@ class _Decodes:
         return Step(list(range(100_000, 100_000 + num)), list(self._starts), layout, wants_all=True)
 
 
+class _Prefills:
+    """Steps that compute one prompt each."""
+
+    num_sequences = 1
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def next(self) -> Step:
+        num = self._num_tokens
+        layout = TokenLayout([num], [0], [list(range(-(-num // BLOCK_SIZE)))])
+        return Step(list(range(100_000, 100_000 + num)), list(range(num)), layout, wanted=[num - 1])
+
+
 @dataclass(slots=True)
 class _Figures:
     """Of each step, in µs."""
@@ -92,13 +107,13 @@ class _Figures:
     num_bytes: int
 
 
-def measure_messages(group: RankGroup, num_sequences: int, num_steps: int, pause_s: float) -> _Figures:
-    decodes, encoder = _Decodes(num_sequences), StepEncoder(2 * num_sequences)
+def measure_messages(group: RankGroup, steps: _Decodes | _Prefills, num_steps: int, pause_s: float) -> _Figures:
+    encoder = StepEncoder(2 * steps.num_sequences)
     group.call("held_ns")
     began, encode, tell, sizes = [], [], [], []
     for _ in range(num_steps + NUM_WARM_UP):
         time.sleep(pause_s)
-        step, t0 = decodes.next(), time.monotonic_ns()
+        step, t0 = steps.next(), time.monotonic_ns()
         message = encoder.encode(step)
         t1 = time.monotonic_ns()
         group.tell(message)
@@ -110,15 +125,15 @@ def measure_messages(group: RankGroup, num_sequences: int, num_steps: int, pause
     return _figures(group, began, encode, tell, int(statistics.median(sizes)))
 
 
-def measure_objects(group: RankGroup, num_sequences: int, num_steps: int, pause_s: float) -> _Figures:
+def measure_objects(group: RankGroup, steps: _Decodes | _Prefills, num_steps: int, pause_s: float) -> _Figures:
     """The same content, deltas of block tables included, as a list that torch pickles."""
-    decodes, encoder = _Decodes(num_sequences), StepEncoder(2 * num_sequences)
+    encoder = StepEncoder(2 * steps.num_sequences)
     group.call("held_ns")
     replies = group.begin("receive_objects", num_steps=num_steps + NUM_WARM_UP)
     began, tell = [], []
     for _ in range(num_steps + NUM_WARM_UP):
         time.sleep(pause_s)
-        content: list[Any] = encoder.encode(decodes.next()).cast("i").tolist()
+        content: list[Any] = encoder.encode(steps.next()).cast("i").tolist()
         t1 = time.monotonic_ns()
         dist.broadcast_object_list([content], src=group.driver_rank)
         tell.append((time.monotonic_ns() - t1) / 1e3)
@@ -138,32 +153,35 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({statistics.quantiles(values, n=20)[-1]:.0f})"
 
 
-def _measure(path: str, num_peers: int, sequences: list[int], num_steps: int, pause_s: float) -> None:
+def _measure(path: str, num_peers: int, cases: dict[str, _Decodes | _Prefills], num_steps: int, pause_s: float) -> None:
     launcher = _TcpLauncher() if path == "tcp loopback" else LocalLauncher()
     with RankGroup.start("loadtest.ranks:ClockWorker", ["cpu"] * (num_peers + 1), launcher=launcher) as group:
         if path == "unix socket":
             group._ring = None  # what never happens on one node: everything travels inline
         measure = measure_objects if path == "broadcast_object_list" else measure_messages
-        for num_sequences in sequences:
-            figures = measure(group, num_sequences, num_steps, pause_s)
+        for name, steps in cases.items():
+            figures = measure(group, steps, num_steps, pause_s)
             encode = _spread(figures.encode) if figures.num_bytes else "-"
-            cells = (num_peers, path, num_sequences, figures.num_bytes or "-", encode)
-            print("|", *cells, _spread(figures.tell), _spread(figures.held), "|", sep=" | ", flush=True)
+            cells = (num_peers, path, name, figures.num_bytes or "-", encode)
+            print("|", " | ".join(map(str, (*cells, _spread(figures.tell), _spread(figures.held)))), "|", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens")
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--pause-ms", type=float, default=1.0)
     arguments = parser.parse_args()
-    print("| peers | path | sequences | bytes | encode µs | tell µs | held µs |")
-    print("|--:|---|--:|--:|--:|--:|--:|")
+    print("| peers | path | step | bytes | encode µs | tell µs | held µs |")
+    print("|--:|---|---|--:|--:|--:|--:|")
     for num_peers in arguments.peers:
         for path in arguments.paths:
-            _measure(path, num_peers, arguments.sequences, arguments.steps, arguments.pause_ms / 1e3)
+            cases: dict[str, _Decodes | _Prefills] = {f"{num} decodes": _Decodes(num) for num in arguments.sequences}
+            cases[f"prefill of {arguments.prompt}"] = _Prefills(arguments.prompt)
+            _measure(path, num_peers, cases, arguments.steps, arguments.pause_ms / 1e3)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ class RankGroup:
     ) -> RankGroup:
         """Start a peer for every rank but the driver's and join torch.distributed with them. Blocks.
 
-        `worker`: an entry of `WORKERS`. `devices`: each rank's, `cpu` or `cuda:i`. `threads`: of each peer. Raises what
-        a peer failed with: ConfigError as it was, anything else as EngineDead.
+        `worker`: an entry of `WORKERS`. `devices`: each rank's, as `Launcher.devices` names them. `threads`: of each
+        peer. Raises what a peer failed with: ConfigError as it was, anything else as EngineDead.
         """
         group = cls(worker, devices, driver_rank, threads, launcher or LocalLauncher())
         try:
@@ -135,7 +135,8 @@ class RankGroup:
         """
         if self.failure is not None:
             raise self.failure
-        data = memoryview(payload).cast("B")
+        view = memoryview(payload)
+        data = view if view.itemsize == 1 else view.cast("B")
         try:
             slot = self._ring.write(data) if self._ring is not None else None
             has_all_left = True
@@ -183,7 +184,7 @@ class RankGroup:
     def explain(self, error: Exception) -> Exception:
         """What to raise for `error`, which a collective or `tell` raised here: why the group was lost, if it was."""
         with self._changed:
-            self._changed.wait_for(lambda: self.failure is not None, EXPLAIN_S)
+            self._changed.wait_for(lambda: self.failure is not None or self._is_closing, EXPLAIN_S)
         return self.failure or error
 
     def close(self) -> None:
@@ -192,6 +193,7 @@ class RankGroup:
             if self._is_closing:
                 return
             self._is_closing = True
+            self._changed.notify_all()
         for link in self._links.values():
             with contextlib.suppress(OSError, LinkClosed):
                 link.offer(Kind.END)
@@ -223,7 +225,7 @@ class RankGroup:
         from serve.ranks.join import make_store
         from serve.ranks.listen import Listeners
 
-        here = [rank for rank in self.peer_ranks if self._launcher.is_here(rank)]
+        here = [rank for rank in self.peer_ranks if self._launcher.is_here(rank, self.driver_rank)]
         ring_path = f"{self.directory}/ring"
         if here:
             self._ring = Ring(ring_path, self.world_size, here)

@@ -38,8 +38,12 @@ class Launcher(Protocol):
     host: str | None
     """The driver's address for peers on other nodes; None: all peers share this node."""
 
-    def is_here(self, rank: int) -> bool:
-        """Whether that rank shares this node's memory."""
+    def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
+        """Each rank's device of this kind (`cpu` or `cuda`), as its own process names it."""
+        ...
+
+    def is_here(self, rank: int, driver_rank: int) -> bool:
+        """Whether that rank shares the memory of the driver's node."""
         ...
 
     def launch(self, spec: PeerSpec) -> PeerProcess: ...
@@ -50,7 +54,10 @@ class LocalLauncher:
 
     host: str | None = None
 
-    def is_here(self, rank: int) -> bool:
+    def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
+        return tuple("cpu" if kind == "cpu" else f"cuda:{rank}" for rank in range(num_ranks))
+
+    def is_here(self, rank: int, driver_rank: int) -> bool:
         return True
 
     def launch(self, spec: PeerSpec) -> PeerProcess:
