@@ -118,6 +118,9 @@ def _announce(url: str, cards: list[ModelCard], seconds: float) -> None:
             f"  {card.name}  {card.kind}, {card.num_parameters / 1e6:.1f} M parameters, {card.device} {card.dtype}, "
             f"{card.threads} threads, {_abilities(card)}"
         )
+        for rank in card.ranks:
+            cache = f", KV cache {rank.kv_cache_tokens} tokens" if rank.kv_cache_tokens else ""
+            _say(f"    rank {rank.rank}  {rank.device}, {rank.weight_bytes / 1e6:.1f} MB of weights{cache}")
     _say(f"  chat in the browser  {url}/")
     _say(f"  OpenAI API           {url}/v1")
 

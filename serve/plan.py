@@ -212,9 +212,9 @@ def _recommendation(
     if best.num_ranks == 1:
         reason = "the model fits one device, and replicas move nothing between devices"
     elif not single.fits:
-        reason = f"one device does not hold it ({_bytes(single.weight_bytes)} of weights"
-        reason += f" and room for {single.kv_tokens} tokens)" if geometry.kind == "text" else " and its driver's rest)"
-        reason += f"; of what fits, this gives the most {unit}"
+        room = f" leave room for {single.kv_tokens} tokens" if single.room_bytes > 0 else ""
+        reason = f"one device does not hold it ({_bytes(single.weight_bytes)} of weights{room}); "
+        reason += f"of what fits, this gives the most {unit}"
     else:
         reason = f"{best.per_s:.0f} {unit} against {single.per_s:.0f} of one device each"
         reason += ", which has less room for sequences" if geometry.kind == "text" else ""
@@ -270,7 +270,7 @@ def _assumptions(geometry: Geometry, fleet: Fleet) -> list[str]:
         f"  device   {DEVICE_SOURCE}",
         f"  link     {fleet.link.name}: {fleet.link.source}",
         f"  memory   {MEMORY_SHARE:g} of each device, less {room}{'tokens take' if is_text else 'take'}",
-        f"  columns  sent: by the busiest rank, one direction; step: {step}",
+        f"  columns  sent: in one direction, by one rank after another; step: {step}",
         "  not in   the host's work between steps, and handing a step to the ranks (loadtest/results/ranks.md)",
     ]
 

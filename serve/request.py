@@ -180,6 +180,17 @@ class ImageLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankCard:
+    """What one of several processes that compute a model together holds."""
+
+    rank: int
+    device: str
+    weight_bytes: int
+    kv_cache_tokens: int = 0
+    """Text: positions whose keys and values its part of the cache has room for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
     """What a replica tells about its model: shown by `tandem serve`, `/v1/models` and used for validation."""
 
@@ -209,3 +220,5 @@ class ModelCard:
     """Text: as configured; gateways, which have the chat template, know what auto means."""
     image: ImageLimits | None = None
     """Of an image model."""
+    ranks: tuple[RankCard, ...] = ()
+    """In their order, where several processes compute the model; empty: one does."""

@@ -1,8 +1,8 @@
 """What a split moves between devices and how long that takes: arithmetic with stated bandwidths, nothing measured here.
 
-Bytes are those one rank sends in one direction. N ranks add up a tensor of B bytes in 2 (N - 1) / N B (ring or
-reduce-scatter and all-gather alike), gather their parts of it in (N - 1) / N B, exchange tokens for heads in (N - 1) /
-N of what each has. A collective takes a fixed time, whatever its size, and that of its bytes.
+Bytes are those that one rank after another sends in one direction. N ranks add up a tensor of B bytes in
+2 (N - 1) / N B (ring, or reduce-scatter and all-gather alike), gather their parts of it in (N - 1) / N B, and exchange
+tokens for heads in (N - 1) / N of what each has. A collective takes a fixed time, whatever its size, and its bytes'.
 
 Legend: L layers, D width, V vocabulary, N tensor_parallel_size, M pipeline_parallel_size, P ulysses_degree
 """
@@ -54,7 +54,7 @@ class Traffic:
 
     num_collectives: int
     bytes_sent: float
-    """By the rank that sends most."""
+    """One after another on the way of the step: of ranks that send at the same time, the busiest one's."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.num_collectives + other.num_collectives, self.bytes_sent + other.bytes_sent)
@@ -83,7 +83,7 @@ def tensor_traffic(model: TextGeometry, size: int, *, num_tokens: int, num_rows:
 def pipeline_traffic(model: TextGeometry, num_stages: int, *, num_tokens: int) -> Traffic:
     """Pipeline: M - 1 times [tokens, D] one after the other, sent by one rank each, N of them side by side."""
     sent = num_tokens * model.hidden_size * model.bytes_per_weight
-    return Traffic(num_stages - 1, sent * (num_stages > 1))
+    return Traffic(num_stages - 1, sent * (num_stages - 1))
 
 
 def image_tensor_traffic(model: ImageGeometry, size: int, *, image_tokens: int, degree: int = 1) -> Traffic:
@@ -117,11 +117,8 @@ def row_traffic(model: ImageGeometry, num_parts: int, *, image_tokens: int) -> T
 
 
 def input_traffic(model: ImageGeometry, num_ranks: int, *, image_tokens: int, num_rows: int) -> Traffic:
-    """What the driver sends every rank before a forward: latents, times and the encoded text of all rows."""
-    if num_ranks == 1:
-        return NOTHING
-    text = model.text_tokens * model.text_width * model.bytes_per_weight
-    return Traffic(2 + bool(model.text_tokens), num_rows * (latent_bytes(model, image_tokens) + text))
+    """What the driver sends every rank before a forward: the latents of all rows. Their text it sends once a prompt."""
+    return NOTHING if num_ranks == 1 else Traffic(1, num_rows * latent_bytes(model, image_tokens))
 
 
 def latent_bytes(model: ImageGeometry, image_tokens: int) -> int:

@@ -61,7 +61,7 @@ class Estimate:
     num_running: int
     """Sequences or images that a replica computes at a time."""
     moved_once: float
-    """Bytes sent by the busiest rank for one token, or for one image's step."""
+    """Bytes sent, one rank after another, for one token, or for one image's step."""
     traffic: Traffic
     """Of one step with all that is running."""
     link_s: float

@@ -8,8 +8,9 @@ import pytest
 from fake_backend import card
 
 from serve.cli import _announce, _options, _parser, main
+from serve.errors import ConfigError
 from serve.options import GatewayOptions, ModelOptions
-from serve.request import ImageLimits
+from serve.request import ImageLimits, RankCard
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,34 @@ def test_the_start_tells_what_each_model_can_be_asked_for(capsys):
     _, text, images, *_ = capsys.readouterr().out.splitlines()
     assert text.endswith("context 4096 tokens, KV cache 8192 tokens")
     assert images.endswith("1 threads, 64x48 in 12 steps, up to 9216 pixels")
+
+
+def test_the_start_tells_what_each_rank_holds(capsys):
+    ranks = (
+        RankCard(rank=0, device="cuda:0", weight_bytes=8_030_000_000, kv_cache_tokens=9000),
+        RankCard(rank=1, device="cuda:1", weight_bytes=7_900_000_000, kv_cache_tokens=9600),
+    )
+    alone, split = card("alone"), dataclasses.replace(card("split"), ranks=ranks)
+    _announce("http://127.0.0.1:1", [alone, split], 1.0)
+    _, first, second, *told, _, _ = capsys.readouterr().out.splitlines()
+    assert "alone" in first and "split" in second
+    assert told == [
+        "    rank 0  cuda:0, 8030.0 MB of weights, KV cache 9000 tokens",
+        "    rank 1  cuda:1, 7900.0 MB of weights, KV cache 9600 tokens",
+    ]
+
+
+def test_check_tells_ranks_and_what_this_machine_lacks(tmp_path, capsys, monkeypatch):
+    def lacking(model):
+        if model.num_ranks > 1:
+            raise ConfigError("device is 'cuda' and there are none")
+
+    monkeypatch.setattr("serve.cli.check_machine", lacking)
+    file = tmp_path / "tandem.yaml"
+    file.write_text("models:\n  - {model: org/a, tensor_parallel_size: 2, pipeline_parallel_size: 2}\n  - {model: b}\n")
+    main(["check", str(file)])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  org/a: org/a, 1 replicas of 4 ranks",
+        "    not on this machine: device is 'cuda' and there are none",
+        "  b: b, 1 replicas",
+    ]
