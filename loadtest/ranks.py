@@ -2,10 +2,11 @@
 
     python -m loadtest.ranks [--peers 1 3] [--sequences 1 32 256] [--prompt 8192] [--steps 1000] [--pause-ms 1]
 
-Steps are decode steps of the text engine: one token a sequence, block tables of which one in sixteen grows; and the
-prefill of a prompt with its new block table. Paths: the group's own (shared-memory ring and a bell), the same bytes inline on a Unix socket and over TCP on loopback, and
-`torch.distributed.broadcast_object_list` over gloo, which needs no code and which everybody knows. Between steps the
-driver pauses, so that peers sleep in their sockets as they do under load.
+Steps are decode steps of the text engine (one token a sequence, block tables of which one in sixteen grows) and the
+prefill of a prompt with its new block table. Paths: the group's own (shared-memory ring and a bell), the same bytes
+inline on a Unix socket and over TCP on loopback, and `torch.distributed.broadcast_object_list` over gloo, which needs
+no code and which everybody knows. Between steps the driver pauses, so that peers sleep in their sockets as they do
+under load.
 
 Figures are medians over the steps, with the 95th percentile: encode (building the message, the same for all paths but
 the last), tell (the driver is busy), held (from the begin of `tell` until the last peer has decoded the step).
