@@ -15,7 +15,6 @@ from pathlib import Path
 from models.source import SourceError, kind_of, resolve
 from models.weight_files import WeightsError, weight_files
 from serve.errors import ConfigError
-from serve.options import UNBUILT_SIZES
 from serve.ranks.cost import DEVICE_SOURCE, LINKS
 from serve.ranks.estimate import STEP_TOKENS, USUAL_TOKENS, Estimate, Fleet, image_estimates, text_estimates
 from serve.ranks.image_geometry import ImageGeometry
@@ -236,9 +235,7 @@ def _reservations(geometry: Geometry, estimate: Estimate) -> list[str]:
         return []
     if isinstance(geometry, ImageGeometry) and geometry.architecture not in PARTED:
         return [f"  not yet served so: several ranks compute {', '.join(PARTED)}, not {geometry.architecture}"]
-    named = [name for name, size in zip(SIZES[geometry.kind], estimate.sizes, strict=True) if size > 1]
-    missing = [name for name in named if name in UNBUILT_SIZES.get(geometry.kind, ())]
-    return [f"  not yet served so: {', '.join(missing)} above 1"] if missing else []
+    return []
 
 
 def _nothing_fits(request: PlanRequest, geometry: Geometry, estimates: Sequence[Estimate]) -> str:
