@@ -33,21 +33,8 @@ def check_bounds(options: Any) -> None:
                 raise ValueError(f"{spec.name} is {value!r}; give a value from {least} to {most}")
 
 
-UNBUILT_SIZES = {
-    "text": ("tensor_parallel_size", "pipeline_parallel_size"),
-    "image": ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree"),
-}
-"""Sizes that no engine of the kind computes with yet: `check_kind` refuses them above 1. An engine that does takes its
-names out of here."""
-
-
 def check_kind(options: Any, kind: str) -> None:
     """Raise ValueError naming the first field of `options` that was set and does nothing for this kind of model."""
-    for name in UNBUILT_SIZES.get(kind, ()):
-        if getattr(options, name) > 1:
-            raise ValueError(
-                f"{name} is {getattr(options, name)}, but {kind} models run on one device so far; leave it out"
-            )
     for spec in dataclasses.fields(options):
         only = spec.metadata.get("only")
         if only not in (None, kind) and getattr(options, spec.name) != spec.default:

@@ -186,6 +186,8 @@ class RankCard:
     rank: int
     device: str
     weight_bytes: int
+    bytes_read: int = 0
+    """Of the checkpoint's files."""
     kv_cache_tokens: int = 0
     """Text: positions whose keys and values its part of the cache has room for."""
 

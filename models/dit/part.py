@@ -96,7 +96,7 @@ def build_part(
 
 def _restore_positions(folder: Path, transformer: nn.Module) -> None:
     """Values that a network computes when it is built, which on the meta device it could not."""
-    for name, _ in list(transformer.named_buffers()):
+    for name, buffer in list(transformer.named_buffers()):
         embed: Any = transformer.get_submodule(name.rpartition(".")[0])
         if not (isinstance(embed, PatchEmbed) and name.endswith(".pos_embed")):
             raise DiTError(f"{folder} has the buffer {name}, which ranks cannot restore; serve the model on one device")
@@ -109,7 +109,7 @@ def _restore_positions(folder: Path, transformer: nn.Module) -> None:
             interpolation_scale=embed.interpolation_scale,
             pos_embed_max_size=embed.pos_embed_max_size,
         )
-        embed.pos_embed.copy_(fresh.pos_embed)
+        buffer.copy_(fresh.pos_embed)
 
 
 def _part_tokens(transformer: nn.Module, recipe: Recipe, grid: Grid) -> None:

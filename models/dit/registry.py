@@ -28,7 +28,7 @@ from models.dit.checkpoint import (
 )
 from models.dit.class_conditional import RECIPE as CLASS_CONDITIONAL
 from models.dit.class_conditional import ClassConditionalDiT
-from models.dit.grid import Grid
+from models.dit.grid import Grid, Split
 from models.dit.part import Part, Recipe, build_part
 from models.dit.pipeline import NotSteppable, PipelineSpec, StockPipeline, step_parameters
 from models.dit.sd3 import RECIPE as STABLE_DIFFUSION_3
@@ -89,6 +89,23 @@ def load_dit(
     return (family.build if family else _stock)(pipeline, index, defaults)
 
 
+def check_split(folder: Path, split: Split) -> None:
+    """Raise DiTError when ranks cannot share the model in `folder` that way. Reads no weights."""
+    index = read_index(folder)
+    if index.class_name not in _FAMILIES or index.components.get("transformer") is None:
+        raise DiTError(
+            f"{index.class_name} runs by its own code, which computes on one device; families that {split.num_ranks} "
+            f"ranks can share are {', '.join(sorted(_FAMILIES))}"
+        )
+    num_heads = read_json(folder / "transformer" / "config.json").get("num_attention_heads")
+    if not isinstance(num_heads, int):
+        raise DiTError(f"{folder / 'transformer' / 'config.json'} names no num_attention_heads; download it again")
+    try:
+        split.check(num_heads)
+    except ValueError as error:
+        raise DiTError(str(error)) from error
+
+
 def load_part(
     folder: Path,
     grid: Grid,
@@ -98,19 +115,15 @@ def load_part(
     load_format: str = "auto",
 ) -> Part:
     """What a rank computes of the transformer in `folder`. Raises DiTError."""
+    check_split(folder, grid.split)
     silence_libraries()
     index = read_index(folder)
-    family = _FAMILIES.get(index.class_name)
-    described = index.components.get("transformer")
-    if family is None or described is None:
-        raise DiTError(
-            f"{index.class_name} is run by its own code, which computes on one device; families that several ranks "
-            f"can share are {', '.join(sorted(_FAMILIES))}"
-        )
+    described = index.components["transformer"]
+    assert described is not None
     return build_part(
         component_class(folder, "transformer", *described),
         folder / "transformer",
-        family.recipe,
+        _FAMILIES[index.class_name].recipe,
         grid,
         device=device,
         dtype=dtype or torch.float32,

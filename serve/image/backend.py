@@ -21,17 +21,26 @@ from serve.events import DenoiseProgress, Event, Finished, FinishReason, ImagePr
 from serve.image.media import FORMATS, encode_image
 from serve.image.trajectory import Trajectory, TrajectoryUpdate
 from serve.merged import merge
+from serve.ranks.group import RankGroup
 from serve.request import ImageRequest, ModelCard, Request
 
 
 class ImageBackend:
-    """A `Backend` over an engine of trajectories. It owns the engine: `aclose()` ends it."""
+    """A `Backend` over an engine of trajectories. It owns the engine and other ranks: `aclose()` ends them."""
 
-    def __init__(self, engine: Engine[Trajectory, Any, Any], card: ModelCard, *, has_previews: bool = True):
+    def __init__(
+        self,
+        engine: Engine[Trajectory, Any, Any],
+        card: ModelCard,
+        *,
+        has_previews: bool = True,
+        ranks: RankGroup | None = None,
+    ):
         """`has_previews`: whether the model shows estimates on the way; without them none are sent."""
         self._engine = engine
         self._card = card
         self._has_previews = has_previews
+        self._ranks = ranks
         self._serial = itertools.count()
         self._untold: set[ImageStream] = set()
         """Streams whose end has not been read yet: a finished image may still be on its way into a file."""
@@ -74,6 +83,8 @@ class ImageBackend:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._engine.close)  # it waits for the step that is running
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
 
     def _told(self, stream: ImageStream) -> None:
         self._untold.discard(stream)

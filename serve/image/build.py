@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ from serve.image.solo import SoloRunner
 from serve.image.trajectory import ImageBatch, ImageOutput, Trajectory
 from serve.model_folder import find_model
 from serve.options import ModelOptions
-from serve.request import ImageLimits, ModelCard
+from serve.ranks.group import RankGroup
+from serve.ranks.launch import Launcher
+from serve.request import ImageLimits, ModelCard, RankCard
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +49,18 @@ def build_image(
     num_replicas_here: int = 1,
     observer: Observer | None = None,
     on_death: Callable[[BaseException], None] | None = None,
+    launcher: Launcher | None = None,
 ) -> ImageBackend:
     """Load the model, warm up, start the engine's thread. Blocks until the model can answer.
 
-    `folder`: where the model's files are, when that is known already.
+    `folder`: where the model's files are, when that is known already. `launcher`: starts other ranks; None: as
+    processes of this machine.
     """
-    engine, card, is_batched = build_engine(
-        options, folder, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death
+    engine, card, is_batched, ranks = _build(
+        options, folder, num_replicas_here, observer=observer, on_death=on_death, launcher=launcher
     )
     engine.start()
-    return ImageBackend(engine, card, has_previews=is_batched)
+    return ImageBackend(engine, card, has_previews=is_batched, ranks=ranks)
 
 
 def build_engine(
@@ -70,14 +75,94 @@ def build_engine(
     """The same up to an engine that nobody steps yet, the card of its model, and whether images share steps.
 
     `depth`: steps in flight. None: 1 on CUDA, which computes while the host prepares; 0 on CPU, where it would gain
-    nothing. A stock pipeline takes one image at a time, at depth 0.
+    nothing. A stock pipeline takes one image at a time, at depth 0. Other ranks end with this process.
     """
+    engine, card, is_batched, _ = _build(
+        options, folder, num_replicas_here, observer=observer, on_death=on_death, depth=depth
+    )
+    return engine, card, is_batched
+
+
+def _build(
+    options: ModelOptions,
+    folder: Path | None,
+    num_replicas_here: int,
+    *,
+    observer: Observer | None,
+    on_death: Callable[[BaseException], None] | None,
+    depth: int | None = None,
+    launcher: Launcher | None = None,
+) -> tuple[ImageEngine, ModelCard, bool, RankGroup | None]:
     started = time.monotonic()
+    folder = folder or find_model(options, "image")[0]
     device = choose_device(options)
-    threads = set_threads(options, num_replicas_here)
+    threads = set_threads(options, num_replicas_here * options.num_ranks)
     keep_freed_memory()
-    model = _load(options, folder or find_model(options, "image")[0], device)
-    threads = settle_threads(options, threads, model.num_parameters)
+    with ExitStack() as undo:
+        model, ranks, group = _load(options, folder, device, threads, launcher)
+        if group is not None:
+            undo.callback(group.close)
+        threads = settle_threads(options, threads, model.num_parameters)
+        if group is not None:
+            group.call("set_threads", threads=threads)
+        engine, is_batched, limits = _engine(options, model, device, depth, observer, on_death)
+        if group is not None:
+            group.watch(on_death or (lambda cause: None))
+        undo.pop_all()
+    card = ModelCard(
+        name=options.name,
+        kind="image",
+        source=options.model,
+        device=str(device),
+        dtype=str(model.spec.dtype).removeprefix("torch."),
+        num_parameters=model.num_parameters,
+        threads=threads,
+        load_s=process_age_s(since=started),
+        aliases=options.served_model_name[1:],
+        created=int(time.time()),
+        image=limits,
+        ranks=ranks,
+    )
+    log.info(
+        "model ready model=%s device=%s dtype=%s threads=%d is_batched=%s size=%dx%d steps=%d load_s=%.1f",
+        *(card.name, card.device, card.dtype, threads, is_batched),
+        *(limits.width, limits.height, limits.num_inference_steps, card.load_s),
+    )
+    return engine, card, is_batched, group
+
+
+def _load(
+    options: ModelOptions, folder: Path, device: torch.device, threads: int, launcher: Launcher | None
+) -> tuple[DiT | StockPipeline, tuple[RankCard, ...], RankGroup | None]:
+    """The model, and what each rank holds and the other ranks, if it has any."""
+    # Imported here: diffusers takes seconds, and an engine over a model of another origin runs without it.
+    from models.dit.checkpoint import DiTError
+    from models.dit.registry import load_dit
+
+    try:
+        if options.num_ranks > 1:
+            from serve.image.build_ranks import load_ranked
+
+            ranked, ranks = load_ranked(options, folder, device, threads=threads, launcher=launcher)
+            return ranked, ranks, ranked.group
+        dtype = choose_dtype(options, device)
+        return load_dit(folder, device=device, dtype=dtype, load_format=options.load_format), (), None
+    except (DiTError, WeightsError, OSError) as error:
+        raise ConfigError(f"model: {error}", param="model") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ConfigError(
+            f"the weights of {options.model!r} do not fit the memory of {device}", param="model"
+        ) from error
+
+
+def _engine(
+    options: ModelOptions,
+    model: DiT | StockPipeline,
+    device: torch.device,
+    depth: int | None,
+    observer: Observer | None,
+    on_death: Callable[[BaseException], None] | None,
+) -> tuple[ImageEngine, bool, ImageLimits]:
     limits = _limits(options, model)
     runner, scheduler = _assemble(options, model, limits, device)
     is_batched = isinstance(runner, ImageRunner)
@@ -92,40 +177,7 @@ def build_engine(
         observer=observer,
         on_death=on_death,
     )
-    card = ModelCard(
-        name=options.name,
-        kind="image",
-        source=options.model,
-        device=str(device),
-        dtype=str(model.spec.dtype).removeprefix("torch."),
-        num_parameters=model.num_parameters,
-        threads=threads,
-        load_s=process_age_s(since=started),
-        aliases=options.served_model_name[1:],
-        created=int(time.time()),
-        image=limits,
-    )
-    log.info(
-        "model ready model=%s device=%s dtype=%s threads=%d is_batched=%s size=%dx%d steps=%d load_s=%.1f",
-        *(card.name, card.device, card.dtype, threads, is_batched),
-        *(limits.width, limits.height, limits.num_inference_steps, card.load_s),
-    )
-    return engine, card, is_batched
-
-
-def _load(options: ModelOptions, folder: Path, device: torch.device) -> DiT | StockPipeline:
-    # Imported here: diffusers takes seconds, and an engine over a model of another origin runs without it.
-    from models.dit.checkpoint import DiTError
-    from models.dit.registry import load_dit
-
-    try:
-        return load_dit(folder, device=device, dtype=choose_dtype(options, device), load_format=options.load_format)
-    except (DiTError, WeightsError, OSError) as error:
-        raise ConfigError(f"model: {error}", param="model") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ConfigError(
-            f"the weights of {options.model!r} do not fit the memory of {device}", param="model"
-        ) from error
+    return engine, is_batched, limits
 
 
 def _limits(options: ModelOptions, model: DiT | StockPipeline) -> ImageLimits:
