@@ -231,9 +231,7 @@ def _recommendation(
 
 def _reservations(geometry: Geometry, estimate: Estimate) -> list[str]:
     """What stands between a split and serving it today."""
-    if estimate.num_ranks == 1:
-        return []
-    if isinstance(geometry, ImageGeometry) and geometry.architecture not in PARTED:
+    if estimate.num_ranks > 1 and isinstance(geometry, ImageGeometry) and geometry.architecture not in PARTED:
         return [f"  not yet served so: several ranks compute {', '.join(PARTED)}, not {geometry.architecture}"]
     return []
 

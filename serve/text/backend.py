@@ -17,6 +17,7 @@ from serve.engine.stream import Stream
 from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.merged import merge
+from serve.ranks.group import RankGroup
 from serve.request import Grammar, ModelCard, Request, TextRequest
 from serve.text.beam_choices import BeamChoices
 from serve.text.beam_group import BeamGroup
@@ -28,11 +29,18 @@ from serve.text.sequence import Sequence, TokenUpdate
 class TextBackend:
     """A `Backend` over an engine of sequences. It owns the engine: `aclose()` ends it."""
 
-    def __init__(self, engine: Engine[Sequence, Any, Any], card: ModelCard, grammars: GrammarCompiler | None = None):
-        """Without `grammars` a request for constrained output is refused."""
+    def __init__(
+        self,
+        engine: Engine[Sequence, Any, Any],
+        card: ModelCard,
+        grammars: GrammarCompiler | None = None,
+        ranks: RankGroup | None = None,
+    ):
+        """Without `grammars` a request for constrained output is refused. `ranks`: end with this."""
         self._engine = engine
         self._card = card
         self._grammars = grammars
+        self._ranks = ranks
         self._serial = itertools.count()
 
     @property
@@ -76,6 +84,8 @@ class TextBackend:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._engine.close)  # it waits for the step that is running
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         if self._grammars is not None:
             await asyncio.to_thread(self._grammars.close)
 

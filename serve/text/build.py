@@ -14,15 +14,12 @@ from pathlib import Path
 
 import torch
 
-from models.attention.base import KVCacheSpec
 from models.attention.build import make_attention
-from models.registry import load_text_model
-from models.text.base import CausalLM, ModelError
-from models.weight_files import WeightsError
+from models.parallel import ALONE
+from models.text.base import CausalLM
 from serve.compute import (
     SMALL_MODEL,
     choose_device,
-    choose_dtype,
     keep_freed_memory,
     process_age_s,
     set_threads,
@@ -35,8 +32,11 @@ from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
 from serve.model_folder import find_model
 from serve.options import ModelOptions, SpeculativeOptions
+from serve.ranks.group import RankGroup
+from serve.ranks.launch import Launcher
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
+from serve.text.build_ranks import Ranks, start_group
 from serve.text.build_speculation import (
     check_draft,
     draft_cache,
@@ -45,12 +45,14 @@ from serve.text.build_speculation import (
     make_proposer,
     speculation_of,
 )
-from serve.text.cache_size import CacheSize, choose_cache_size, cpu_cache_bytes, cuda_cache_bytes, free_memory_bytes
+from serve.text.cache_size import CacheSize, cache_bytes, choose_cache_size
 from serve.text.draft_length import AdaptiveLength
 from serve.text.grammar_compiler import GrammarCompiler
 from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
+from serve.text.load import cache_of, load_model
 from serve.text.load_progress import LoadProgress
+from serve.text.peers import Peers
 from serve.text.runner import TokenRunner
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput
@@ -70,21 +72,37 @@ def build_text(
     observer: Observer | None = None,
     progress: bool = True,
     on_death: Callable[[BaseException], None] | None = None,
+    launcher: Launcher | None = None,
 ) -> TextBackend:
     """Load the model, size the cache, warm up, start the engine's thread. Blocks until the model can answer.
 
-    `folder`: where the model's files are, when that is known already.
+    `folder`: where the model's files are, when that is known already. `launcher`: starts the other ranks of a model
+    that takes several; None: as processes here.
     """
     folder = folder or find_model(options, "text")[0]
+    group = make_group(options, num_replicas_here, launcher)
     engine, card = build_engine(
-        options, folder, num_replicas_here=num_replicas_here, observer=observer, progress=progress, on_death=on_death
+        options,
+        folder,
+        num_replicas_here=num_replicas_here,
+        observer=observer,
+        progress=progress,
+        on_death=on_death,
+        group=group,
     )
     engine.start()
     assert isinstance(engine.scheduler, TokenScheduler)
     vocabulary = partial(load_vocabulary, folder, card.vocab_size, engine.scheduler.eos_token_ids)
     grammars = GrammarCompiler(vocabulary)
     grammars.prepare()
-    return TextBackend(engine, card, grammars)
+    return TextBackend(engine, card, grammars, group)
+
+
+def make_group(options: ModelOptions, num_replicas_here: int = 1, launcher: Launcher | None = None) -> RankGroup | None:
+    """The other ranks of a model that takes several; None for one. Raises ConfigError and EngineDead."""
+    if options.num_ranks == 1:
+        return None
+    return start_group(options, set_threads(options, num_replicas_here * options.num_ranks), launcher)
 
 
 def build_engine(
@@ -96,18 +114,41 @@ def build_engine(
     progress: bool = True,
     on_death: Callable[[BaseException], None] | None = None,
     depth: int | None = None,
+    group: RankGroup | None = None,
 ) -> tuple[TextEngine, ModelCard]:
     """The same up to an engine that nobody steps yet, and the card of its model.
 
-    `depth`: steps in flight. None: 1 on CUDA, which computes while the host prepares; 0 on CPU, where it would gain
-    nothing.
+    `depth`: steps in flight. None: with stages, one less than there are, so that each has a batch; else 1 on CUDA,
+    which computes while the host prepares, and 0 on CPU, where it would gain nothing. `group`: the other ranks of a
+    model that takes several, closed here when building fails and by the caller afterwards; None: they are started
+    here, and end with this process.
     """
+    folder = folder or find_model(options, "text")[0]
+    group = group or make_group(options, num_replicas_here)
+    try:
+        return _build(options, folder, num_replicas_here, observer, progress, on_death, depth, group)
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
+
+
+def _build(
+    options: ModelOptions,
+    folder: Path,
+    num_replicas_here: int,
+    observer: Observer | None,
+    progress: bool,
+    on_death: Callable[[BaseException], None] | None,
+    depth: int | None,
+    group: RankGroup | None,
+) -> tuple[TextEngine, ModelCard]:
     started = time.monotonic()
     device = choose_device(options)
-    threads = set_threads(options, num_replicas_here)
+    threads = set_threads(options, num_replicas_here * options.num_ranks)
     keep_freed_memory()
-    folder = folder or find_model(options, "text")[0]
-    model = _load(options, folder, device, progress=progress)
+    ranks = None if group is None else Ranks.begin(group, options, folder)
+    model = _load(options, folder, device, progress=progress, ranks=ranks)
     is_large_on_cpu = device.type == "cpu" and model.num_parameters >= SMALL_MODEL
     if is_large_on_cpu:
         use_huge_pages()
@@ -115,7 +156,8 @@ def build_engine(
     draft = _load_draft(options, speculation, model, folder, device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
-    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here)
+    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here, ranks)
+    stages = options.pipeline_parallel_size
     scheduler = TokenScheduler(
         KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
         max_num_seqs=options.max_num_seqs,
@@ -124,17 +166,22 @@ def build_engine(
         eos_token_ids=model.spec.eos_token_ids,
         vocab_size=model.spec.vocab_size,
         draft_length=None if speculation is None else AdaptiveLength(speculation.num_speculative_tokens),
+        num_stages=stages,
     )
+    if depth is None:
+        depth = stages - 1 if stages > 1 else int(device.type == "cuda")
     engine: TextEngine = Engine(
         scheduler,
         runner,
-        depth=int(device.type == "cuda") if depth is None else depth,
+        depth=depth,
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
         observer=observer,
         on_death=on_death,
         idle_work=partial(next, take_memory(runner.kv_cache), False) if is_large_on_cpu else runner.capture_next,
     )
+    if group is not None:
+        group.watch(on_death or (lambda error: None))
     card = ModelCard(
         name=options.name,
         kind="text",
@@ -151,6 +198,7 @@ def build_engine(
         created=int(time.time()),
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        ranks=() if ranks is None else ranks.cards(options.block_size),
     )
     log.info(
         "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
@@ -167,31 +215,32 @@ def _fit_runner(
     device: torch.device,
     max_num_tokens: int,
     num_replicas_here: int,
+    ranks: Ranks | None,
 ) -> tuple[TokenRunner, CacheSize]:
     """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError.
 
     A draft model's cache is part of it: both have the same blocks.
     """
-    spec = model.spec
-    cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
+    cache = cache_of(options, model, device)
+    extra = None if draft is None else draft_cache(options, draft, device)
+    block_bytes = cache.block_bytes + (0 if extra is None else extra.block_bytes)
+
+    def measure() -> int:
+        num_bytes = cache_bytes(
+            options, model, cache, max_num_tokens=max_num_tokens, num_replicas_here=num_replicas_here
+        )
+        return num_bytes // block_bytes
+
     try:
-        if device.type == "cuda":
-            memory_bytes = cuda_cache_bytes(options, model, cache, max_num_tokens=max_num_tokens)
-        else:
-            memory_bytes = cpu_cache_bytes(
-                options,
-                cache,
-                max_positions=spec.max_positions,
-                free_bytes=free_memory_bytes(),
-                num_replicas_here=num_replicas_here,
-            )
-        extra = None if draft is None else draft_cache(options, draft, device)
-        if extra is not None:
-            memory_bytes = memory_bytes * cache.block_bytes // (cache.block_bytes + extra.block_bytes)
-        size = choose_cache_size(options, cache, max_positions=spec.max_positions, memory_bytes=memory_bytes)
-        attention = make_attention("auto", cache, spec.num_heads)
+        num_blocks = measure() if ranks is None else ranks.fit(measure, max_num_tokens, num_replicas_here)
+        size = choose_cache_size(
+            options, cache, max_positions=model.spec.max_positions, memory_bytes=num_blocks * cache.block_bytes
+        )
+        if ranks is not None:
+            ranks.group.call("allocate", num_blocks=size.num_blocks + 1)
+        attention = make_attention("auto", cache, model.rank_spec.num_heads)
         can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
-        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager
+        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and ranks is None
         runner = TokenRunner(
             model,
             attention,
@@ -203,6 +252,7 @@ def _fit_runner(
             if speculation is None
             else make_proposer(speculation, draft, extra, num_blocks=size.num_blocks, max_num_tokens=max_num_tokens),
             rejects=speculation is not None and speculation.rejection_sample_method == "standard",
+            peers=None if ranks is None else Peers(ranks.group, ranks.place, max_num_seqs=options.max_num_seqs),
         )
         runner.warm_up()
     except torch.OutOfMemoryError as error:
@@ -235,23 +285,17 @@ def _load_draft(
     return draft
 
 
-def _load(options: ModelOptions, folder: Path, device: torch.device, *, progress: bool) -> CausalLM:
+def _load(
+    options: ModelOptions, folder: Path, device: torch.device, *, progress: bool, ranks: Ranks | None = None
+) -> CausalLM:
+    """With ranks it returns when all of them have loaded."""
     bar = LoadProgress(options.name) if progress else None
     try:
-        return load_text_model(
-            folder,
-            device=device,
-            dtype=choose_dtype(options, device),
-            load_format=options.load_format,
-            max_model_len=options.max_model_len,
-            progress=bar,
-        )
-    except (ModelError, WeightsError, OSError) as error:
-        raise ConfigError(f"model: {error}", param="model") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ConfigError(
-            f"the weights of {options.model!r} do not fit the memory of {device}", param="model"
-        ) from error
+        place = ALONE if ranks is None else ranks.place
+        model = load_model(options, folder, device, place=place, progress=bar)
     finally:
         if bar is not None:
             bar.close()
+    if ranks is not None:
+        ranks.loaded(model, device)
+    return model

@@ -35,7 +35,7 @@ def speculation_of(options: ModelOptions) -> SpeculativeOptions | None:
 
 
 def draft_options(options: ModelOptions, speculation: SpeculativeOptions | None) -> ModelOptions | None:
-    """The draft model as a model of its own; None when no model drafts."""
+    """The draft model as a model of its own, whole on the driver; None when no model drafts."""
     if speculation is None or speculation.model is None:
         return None
     return replace(

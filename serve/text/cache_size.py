@@ -57,10 +57,31 @@ def choose_cache_size(options: ModelOptions, spec: KVCacheSpec, *, max_positions
     return CacheSize(num_blocks, min(wanted, capacity))
 
 
+def cache_bytes(
+    options: ModelOptions,
+    model: CausalLM,
+    spec: KVCacheSpec,
+    *,
+    max_num_tokens: int,
+    num_replicas_here: int,
+    has_logits: bool = True,
+) -> int:
+    """Memory for this rank's cache. On CUDA all ranks of a model measure together; `has_logits`: on its last stage."""
+    if spec.device.type == "cuda":
+        return cuda_cache_bytes(options, model, spec, max_num_tokens=max_num_tokens, has_logits=has_logits)
+    return cpu_cache_bytes(
+        options,
+        spec,
+        max_positions=model.spec.max_positions,
+        free_bytes=free_memory_bytes(),
+        num_replicas_here=num_replicas_here * options.num_ranks,
+    )
+
+
 def cpu_cache_bytes(
     options: ModelOptions, spec: KVCacheSpec, *, max_positions: int, free_bytes: int, num_replicas_here: int
 ) -> int:
-    """Memory for the CPU cache when no size is given."""
+    """Memory for the CPU cache when no size is given. A replica of several ranks counts as so many."""
     if options.kv_cache_memory_bytes is not None:
         return options.kv_cache_memory_bytes
     num_sequences = max(1, int(options.max_num_seqs * CPU_SEQUENCES_SHARE))
@@ -69,11 +90,14 @@ def cpu_cache_bytes(
     return min(num_sequences * blocks_each * spec.block_bytes, most)
 
 
-def cuda_cache_bytes(options: ModelOptions, model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int) -> int:
+def cuda_cache_bytes(
+    options: ModelOptions, model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, has_logits: bool = True
+) -> int:
     """Memory for the CUDA cache: measured, not estimated. Call when the weights are loaded."""
     if options.kv_cache_memory_bytes is not None:
         return options.kv_cache_memory_bytes
-    step_bytes = _measure_step(model, spec, max_num_tokens=max_num_tokens, max_num_seqs=options.max_num_seqs)
+    num_scored = options.max_num_seqs if has_logits else 0
+    step_bytes = _measure_step(model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
     left = int(total_bytes * options.gpu_memory_utilization) - (total_bytes - free_bytes) - step_bytes
@@ -98,14 +122,14 @@ def _lines(path: str | Path) -> list[str]:
 
 
 @torch.inference_mode()
-def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, max_num_seqs: int) -> int:
-    """Peak bytes of one step with a full token budget and logits for every sequence, beyond what is held now.
+def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, num_scored: int) -> int:
+    """Peak bytes of one step with a full token budget and logits for `num_scored` rows, beyond what is held now.
 
     All sequences share the same few blocks: what is computed means nothing, what it takes is the same.
     """
     length = min(max_num_tokens, model.spec.max_positions)
     num_blocks = -(-length // spec.block_size)
-    attention = make_attention("auto", spec, model.spec.num_heads)
+    attention = make_attention("auto", spec, model.rank_spec.num_heads)
     context_cache = attention.allocate(num_blocks)
     lengths = [length] * (max_num_tokens // length)
     if rest := max_num_tokens % length:
@@ -117,7 +141,8 @@ def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, ma
     held = torch.cuda.memory_allocated(spec.device)
     context = StepContext(attention, attention.plan(layout), context_cache)
     hidden_TD = model.forward(torch.zeros_like(positions), positions, context)
-    logits_RV = model.logits(hidden_TD[:max_num_seqs])
-    logits_RV.softmax(-1).cumsum(-1).sort(-1)  # about what the sampler holds for rows with top-p
+    if num_scored:
+        logits_RV = model.logits(hidden_TD[:num_scored])
+        logits_RV.softmax(-1).cumsum(-1).sort(-1)  # about what the sampler holds for rows with top-p
     torch.cuda.synchronize(spec.device)
     return torch.cuda.max_memory_allocated(spec.device) - held

@@ -1,0 +1,60 @@
+"""From options to a model on its device, and the shape of its cache: the same for a driver and for its peers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.attention.base import KVCacheSpec
+from models.parallel import ALONE, Place
+from models.registry import load_text_model
+from models.text.base import CausalLM, ModelError
+from models.weight_files import WeightsError
+from models.weights import Progress
+from serve.compute import choose_dtype
+from serve.errors import ConfigError
+from serve.options import ModelOptions
+
+
+def load_model(
+    options: ModelOptions,
+    folder: Path,
+    device: torch.device,
+    *,
+    place: Place = ALONE,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """The part of the model in `folder` that `place` computes. Raises ConfigError."""
+    try:
+        return load_text_model(
+            folder,
+            device=device,
+            dtype=choose_dtype(options, device),
+            load_format=options.load_format,
+            max_model_len=options.max_model_len,
+            place=place,
+            progress=progress,
+        )
+    except (ModelError, WeightsError, OSError) as error:
+        raise ConfigError(f"model: {error}", param="model") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ConfigError(
+            f"the weights of {options.model!r} do not fit the memory of {device}", param="model"
+        ) from error
+
+
+def cache_of(options: ModelOptions, model: CausalLM, device: torch.device) -> KVCacheSpec:
+    """What this rank keeps of every position."""
+    spec = model.rank_spec
+    return KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
+
+
+def held_by(model: CausalLM, device: torch.device) -> dict[str, Any]:
+    """What a rank tells of its part. A model of transformers' own is whole on every rank, and does not count."""
+    return {
+        "device": str(device),
+        "weight_bytes": getattr(model, "weight_bytes", model.num_parameters * model.spec.dtype.itemsize),
+        "bytes_read": getattr(model, "num_bytes_read", 0),
+    }
