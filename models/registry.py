@@ -52,7 +52,13 @@ def load_text_model(
         from models.text.hf import load_transformers
 
         return load_transformers(
-            folder, config, device=device, dtype=dtype, load_format=load_format, max_model_len=max_model_len
+            folder,
+            config,
+            device=device,
+            dtype=dtype,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            place=place,
         )
     try:
         architecture = read(config)

@@ -42,9 +42,8 @@ class DecoderRank(Decoder):
         """Raises ModelError when the model cannot be cut into that many parts."""
         spec = architecture.spec
         share = Share.of(architecture, place)
-        # The whole model without memory: the names and shapes that the checkpoint must have.
-        self._whole = Decoder(architecture, dtype=dtype, device=torch.device("meta"), num_positions=1)
-        self.spec, self.num_parameters = self._whole.spec, self._whole.num_parameters
+        self.spec, self._shapes = replace(spec, dtype=dtype), _shapes(architecture)
+        self.num_parameters = sum(shape.numel() for shape in self._shapes.values())
         self.rank_spec = replace(
             self.spec, num_layers=len(share.layers), num_heads=len(share.heads), num_kv_heads=len(share.kv_heads)
         )
@@ -79,7 +78,7 @@ class DecoderRank(Decoder):
         if self.place.is_first:
             named[_EMBEDDING] = self._embedding_VD[:num_tokens]
         if self.place.is_last:
-            named["model.norm.weight"] = self._norm.weight
+            named[_NORM] = self._norm.weight
             if not self._shares_ends:
                 named[_EMBEDDING if self.architecture.ties_embeddings else _HEAD] = self._head.weight_ED[:num_tokens]
         return named
@@ -93,7 +92,7 @@ class DecoderRank(Decoder):
         }
 
     def shapes(self) -> dict[str, torch.Size]:
-        return self._whole.shapes()
+        return self._shapes
 
     def finish(self) -> None:
         for layer in self._layers:
@@ -142,4 +141,17 @@ class DecoderRank(Decoder):
         return self.place.receive(torch.empty(shape, dtype=self.spec.dtype, device=self.device))
 
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def _shapes(architecture: DenseArchitecture) -> dict[str, torch.Size]:
+    """Of every tensor of the whole model; its layers are made without memory."""
+    spec, share = architecture.spec, Share.of(architecture)
+    vocabulary = torch.Size((spec.vocab_size, spec.hidden_size))
+    shapes = {_EMBEDDING: vocabulary, _NORM: vocabulary[1:]}
+    if not architecture.ties_embeddings:
+        shapes[_HEAD] = vocabulary
+    for index in share.layers:
+        layer = DecoderLayer(index, architecture, share, dtype=spec.dtype, device=torch.device("meta"))
+        shapes.update({name: parameter.shape for name, parameter in layer.parameters().items()})
+    return shapes

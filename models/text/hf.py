@@ -14,10 +14,11 @@ Legend: T tokens of the step, N query heads, K key/value heads, H head dimension
 
 from __future__ import annotations
 
+import logging
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -32,12 +33,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.sdpa import SdpaAttention
 from models.layers import MIN_ROWS
+from models.parallel import ALONE, Place
 from models.text.architecture import read_eos
 from models.text.base import DecoderSpec, ModelError, StepContext
+from models.text.share import check_split
+from models.text.tensor_plan import apply_plan
+from models.weight_files import weight_files
+
+logger = logging.getLogger(__name__)
 
 _NAME = "tandem_paged"
 _HARMLESS = {"dropout", "position_ids", "output_attentions", "use_cache", "cache_position"}
 """Arguments of transformers' attention functions that change nothing for a causal step without dropout."""
+
+
+class _Heads(NamedTuple):
+    """Query heads, key/value heads and head dimension of a layer."""
+
+    num: int
+    num_kv: int
+    dim: int
 
 
 @dataclass(slots=True)
@@ -47,8 +62,8 @@ class _Step:
     context: StepContext
     num_tokens: int
     """Rows beyond are padding."""
-    calls: list[tuple[int, int, int]]
-    """(layer, key/value heads, head dimension) of every call, for the trial at loading."""
+    calls: list[tuple[int, _Heads]]
+    """(layer, its heads) of every call, for the trial at loading."""
 
 
 _step: ContextVar[_Step] = ContextVar("tandem_step")
@@ -57,8 +72,19 @@ _step: ContextVar[_Step] = ContextVar("tandem_step")
 class TransformersDecoder:
     """A `CausalLM` around a transformers model."""
 
-    def __init__(self, model: PreTrainedModel, *, eos_token_ids: tuple[int, ...], num_positions: int | None = None):
-        """`num_positions`: positions that will be served; LongRoPE chooses by it. Raises ModelError."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...],
+        num_positions: int | None = None,
+        place: Place = ALONE,
+        num_bytes_read: int = 0,
+    ):
+        """`model` is the whole; of it the shard of `place` is kept and moved to `device`. `num_positions`: positions
+        that will be served; LongRoPE chooses by it. Raises ModelError.
+        """
         self._model = model.eval().requires_grad_(False)
         self._name = type(model).__name__
         self._base = model.base_model
@@ -66,12 +92,23 @@ class TransformersDecoder:
             raise ModelError(f"{self._name} keeps a state beside keys and values; it cannot be served")
         if self._base is model:
             raise ModelError(f"{self._name} has no decoder separate from its head; it cannot be served")
-        self._given = _Given()
-        setattr(model, model.base_model_prefix, self._given)
-        self._min_rows = MIN_ROWS if model.device.type == "cpu" else 1
+        self._min_rows = MIN_ROWS if device.type == "cpu" else 1
         _fix_frequencies(self._base, num_positions)
         self.num_parameters: int = model.num_parameters()
-        self.spec = self.rank_spec = self._measure(eos_token_ids)
+        movable: nn.Module = model
+        if place.is_alone:
+            movable.to(device)
+        self.spec = self.rank_spec = self._describe(eos_token_ids)
+        if not place.is_alone:
+            self._cut(place)
+            movable.to(device)
+            heads = self._measure()
+            self.rank_spec = replace(self.spec, num_heads=heads.num, num_kv_heads=heads.num_kv)
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.num_bytes_read = num_bytes_read
+        """Of the checkpoint's files: all of them, on every rank."""
+        self._given = _Given()
+        setattr(model, model.base_model_prefix, self._given)
         self._prove()
 
     @torch.inference_mode()
@@ -102,22 +139,17 @@ class TransformersDecoder:
         hidden_TD: torch.Tensor = output.last_hidden_state[0]
         return hidden_TD[: step.num_tokens]
 
-    @torch.inference_mode()
-    def _measure(self, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
-        """The geometry, from the calls of a forward whose attention is left out."""
-        config = self._model.config.get_text_config()
-        device = self._model.device
-        step = _Step(StepContext(_Skipped(), None, []), MIN_ROWS, [])
-        positions_T = torch.arange(MIN_ROWS, device=device)
-        self._run(torch.zeros_like(positions_T), positions_T, step)
-        layers = [layer for layer, _, _ in step.calls]
-        shapes = {(kv_heads, head_dim) for _, kv_heads, head_dim in step.calls}
-        if layers != list(range(config.num_hidden_layers)) or len(shapes) != 1:
-            raise ModelError(
-                f"{self._name} does not attend once in each of its {config.num_hidden_layers} layers with heads of one "
-                f"shape (it did in {layers}, with {sorted(shapes)}); it needs more than KV blocks and cannot be served"
-            )
-        ((kv_heads, head_dim),) = shapes
+    def _cut(self, place: Place) -> None:
+        check_split(self.spec, place)
+        if not apply_plan(self._model, self.spec, place) and place.tensor_rank == 0:
+            logger.warning(
+                "%s has no plan for tensor_parallel_size %d: every rank holds and computes all of it",
+                self._name, place.tensor_size,
+            )  # fmt: skip
+
+    def _describe(self, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
+        """The geometry of the whole model."""
+        config, heads = self._model.config.get_text_config(), self._measure()
         longest = getattr(config, "max_position_embeddings", None)
         if longest is None:
             raise ModelError(f"the config of {self._name} gives no max_position_embeddings; it cannot be served")
@@ -126,17 +158,35 @@ class TransformersDecoder:
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            num_kv_heads=heads.num_kv,
+            head_dim=heads.dim,
             vocab_size=config.vocab_size,
             max_positions=longest,
             eos_token_ids=eos_token_ids,
             dtype=self._model.dtype,
         )
 
+    @torch.inference_mode()
+    def _measure(self) -> _Heads:
+        """The heads of every layer, from the calls of a forward whose attention is left out."""
+        config = self._model.config.get_text_config()
+        device = self._model.device
+        step = _Step(StepContext(_Skipped(), None, []), MIN_ROWS, [])
+        positions_T = torch.arange(MIN_ROWS, device=device)
+        self._run(torch.zeros_like(positions_T), positions_T, step)
+        layers = [layer for layer, _ in step.calls]
+        shapes = {heads for _, heads in step.calls}
+        if layers != list(range(config.num_hidden_layers)) or len(shapes) != 1:
+            raise ModelError(
+                f"{self._name} does not attend once in each of its {config.num_hidden_layers} layers with heads of one "
+                f"shape (it did in {layers}, with {sorted(map(tuple, shapes))}); it needs more than KV blocks and "
+                f"cannot be served"
+            )
+        return shapes.pop()
+
     def _prove(self) -> None:
         """Compute a prompt alone and at once, then in two pieces with a stranger first: the results must agree."""
-        spec, device = self.spec, self._model.device
+        spec, device = self.rank_spec, self._model.device
         cache_spec = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, 4, spec.dtype, device)
         attention = SdpaAttention(cache_spec, spec.num_heads)
         cache = attention.allocate(7)
@@ -168,9 +218,18 @@ def load_transformers(
     dtype: torch.dtype | None,
     load_format: str,
     max_model_len: int | None,
+    place: Place = ALONE,
 ) -> TransformersDecoder:
-    """The model in `folder` as transformers builds it; never code from the folder. Raises ModelError."""
+    """The model in `folder` as transformers builds it; never code from the folder. Raises ModelError.
+
+    A rank reads all of it into the memory of its host and moves its shard to its device.
+    """
     _require_causal_lm(config)
+    if place.num_stages > 1:
+        raise ModelError(
+            f"pipeline_parallel_size is {place.num_stages}, but the layers of {config['architectures'][0]} are run by "
+            f"transformers, which cannot start or stop between two of them; use tensor_parallel_size"
+        )
     AttentionInterface.register(_NAME, _attend)
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -202,7 +261,14 @@ def load_transformers(
             f"{folder} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]!r} for one; "
             f"download the whole checkpoint of a causal language model"
         )
-    return TransformersDecoder(model.to(device), eos_token_ids=read_eos(config), num_positions=max_model_len)
+    return TransformersDecoder(
+        model,
+        device=device,
+        eos_token_ids=read_eos(config),
+        num_positions=max_model_len,
+        place=place,
+        num_bytes_read=0 if load_format == "dummy" else sum(file.stat().st_size for file in weight_files(folder)),
+    )
 
 
 def _require_causal_lm(config: dict[str, Any]) -> None:
@@ -280,7 +346,7 @@ def _attend(
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise ModelError(f"{type(module).__name__} does not say which layer it is; it cannot be served")
-    step.calls.append((layer, key.shape[1], key.shape[3]))
+    step.calls.append((layer, _Heads(query.shape[1], key.shape[1], key.shape[3])))
     num, cache = step.num_tokens, step.context.kv_cache
     out_TNH = step.context.attention.attend(
         query[0].transpose(0, 1)[:num],
