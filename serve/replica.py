@@ -25,6 +25,7 @@ from serve.hub import Address, HubClient, ReplicaEntry
 from serve.metrics import EngineObserver, Recorder
 from serve.model_folder import find_model
 from serve.options import ModelOptions
+from serve.ranks.launch import Launcher
 from serve.request import ModelCard
 from serve.text.draft_length import AdaptiveLength
 
@@ -47,17 +48,30 @@ class Served:
     bundle: dict[str, bytes]
 
 
-def build(options: ModelOptions, observer: EngineObserver, on_death: OnDeath, *, num_replicas_here: int = 1) -> Served:
+def build(
+    options: ModelOptions,
+    observer: EngineObserver,
+    on_death: OnDeath,
+    *,
+    num_replicas_here: int = 1,
+    launcher: Launcher | None = None,
+) -> Served:
     """Load the model and start its engine. Blocks. Raises ConfigError.
 
-    `num_replicas_here` share this machine's cores and memory.
+    `num_replicas_here` share this machine's cores and memory. `launcher`: starts the other ranks of a model that has
+    several; None: as processes of this machine.
     """
     folder, kind = find_model(options)
-    return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death)
+    return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death, launcher)
 
 
 def _build_text(
-    options: ModelOptions, folder: Path, num_replicas_here: int, observer: EngineObserver, on_death: OnDeath
+    options: ModelOptions,
+    folder: Path,
+    num_replicas_here: int,
+    observer: EngineObserver,
+    on_death: OnDeath,
+    launcher: Launcher | None,
 ) -> Served:
     from serve.text.build import build_text
     from serve.text.tokenizer import Tokenizer, TokenizerBundle
@@ -65,7 +79,14 @@ def _build_text(
     template = None if options.chat_template is None else Path(options.chat_template)
     bundle = TokenizerBundle.from_folder(folder, template)
     Tokenizer(bundle)  # gateways make their own; files that cannot be used end the start here, with the reason
-    backend = build_text(options, folder, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
+    backend = build_text(
+        options,
+        folder,
+        num_replicas_here=num_replicas_here,
+        observer=observer,
+        on_death=on_death,
+        launcher=launcher,
+    )
     scheduler = backend.scheduler
     observer.follow("tandem_kv_cache_blocks", lambda: scheduler.kv_cache.num_blocks)
     observer.follow("tandem_preemptions_total", lambda: scheduler.num_preemptions)
@@ -93,15 +114,27 @@ def follow_speculation(observer: EngineObserver, length: AdaptiveLength) -> None
 
 
 def _build_image(
-    options: ModelOptions, folder: Path, num_replicas_here: int, observer: EngineObserver, on_death: OnDeath
+    options: ModelOptions,
+    folder: Path,
+    num_replicas_here: int,
+    observer: EngineObserver,
+    on_death: OnDeath,
+    launcher: Launcher | None,
 ) -> Served:
     from serve.image.build import build_image
 
-    backend = build_image(options, folder, num_replicas_here=num_replicas_here, observer=observer, on_death=on_death)
+    backend = build_image(
+        options,
+        folder,
+        num_replicas_here=num_replicas_here,
+        observer=observer,
+        on_death=on_death,
+        launcher=launcher,
+    )
     return Served(backend, {})
 
 
-BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath], Served]] = {
+BUILDERS: dict[str, Callable[[ModelOptions, Path, int, EngineObserver, OnDeath, Launcher | None], Served]] = {
     "text": _build_text,
     "image": _build_image,
 }

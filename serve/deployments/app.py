@@ -20,6 +20,7 @@ from ray.serve import Application
 from serve.config import load_config, parse_config
 from serve.deployments.gateway import GatewayDeployment
 from serve.deployments.hub import HubDeployment
+from serve.deployments.ranks import bundles
 from serve.deployments.replica import ReplicaDeployment
 from serve.deployments.router import ChosenReplicaRouter
 from serve.options import ModelOptions, ServeOptions
@@ -72,6 +73,9 @@ def build_application(
 
 def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -> ray_serve.Deployment:
     on_gpu = model.device == "cuda"
+    ranks: dict[str, Any] = {}
+    if model.num_ranks > 1:  # on one node if they fit one
+        ranks = {"placement_group_bundles": bundles(model), "placement_group_strategy": "PACK"}
     return _deployment(
         ReplicaDeployment,
         name=deployment_name(model),
@@ -84,6 +88,7 @@ def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         request_router_config={"request_router_class": ChosenReplicaRouter},
+        **ranks,
     )
 
 

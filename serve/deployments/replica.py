@@ -13,10 +13,11 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.deployments.node import node_address, num_nodes
+from serve.deployments.ranks import RayLauncher
 from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
-from serve.replica import Replica, build
+from serve.replica import Replica, build, end_process
 from serve.request import ModelCard, Request
 
 
@@ -28,6 +29,13 @@ class ReplicaDeployment:
     ) -> None:
         """`num_replicas`: of all models of the application, spread over the cluster's nodes."""
         configure_logging()
+        launcher = RayLauncher(options) if options.num_ranks > 1 else None
+
+        def end(status: int) -> None:
+            if launcher is not None:
+                launcher.kill()
+            end_process(status)
+
         self._id = ray_serve.get_replica_context().replica_id.unique_id
         self._replica = Replica(
             options,
@@ -35,7 +43,8 @@ class ReplicaDeployment:
             secret=secret,
             hub_address=hub.address.remote,
             address=f"tcp:{host or node_address()}:0",
-            build=partial(build, num_replicas_here=math.ceil(num_replicas / num_nodes())),
+            build=partial(build, num_replicas_here=math.ceil(num_replicas / num_nodes()), launcher=launcher),
+            exit=end,
         )
         await self._replica.start()
 

@@ -1,0 +1,91 @@
+"""`tandem serve` of a model on two ranks, broken from outside: what clients see, that it serves again, what is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from serving import Serving, eventually, serving
+from tiny import tiny_folder
+
+OPTIONS = ("--no-ray", "--served-model-name", "tiny", "--threads", "1", "--tensor-parallel-size", "2")
+LOST = ("engine_dead", "replica_lost", "unavailable")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models"), "qwen3", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(str(folder), *OPTIONS, "--step-timeout-s", "3") as running:
+        yield running
+
+
+def ask(server: Serving, **fields) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "the red fox", "temperature": 0, "ignore_eos": True, "max_tokens": 16, **fields}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+
+def answer(server: Serving) -> str:
+    return ask(server).json()["choices"][0]["text"]
+
+
+def peers(server: Serving) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if "serve.ranks.peer" in " ".join(child.cmdline())]
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == "zombie"
+
+
+def stream_until(server: Serving, broken) -> str:
+    """Open a stream, call `broken` after its first event, and return the code of the error that ends it."""
+    fields = {"model": "tiny", "prompt": "the red fox", "ignore_eos": True, "max_tokens": 4000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=60) as response:
+        events = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
+        next(events)
+        broken()
+        last = [event for event in events if event != "[DONE]"][-1]
+    return json.loads(last)["error"]["code"]
+
+
+@pytest.mark.parametrize("drill", ["killed", "stopped"])
+def test_a_lost_rank_ends_its_streams_with_an_error_and_the_model_serves_again(server, drill):
+    before = answer(server)
+    (peer,) = peers(server)
+    driver = peer.parent()
+    assert stream_until(server, peer.kill if drill == "killed" else peer.suspend) in LOST
+    eventually(lambda: is_gone(peer) and is_gone(driver), within_s=30)
+    eventually(lambda: ask(server).status_code == 200, within_s=90)
+    assert answer(server) == before
+    assert len(peers(server)) == 1
+    words = f"rank 1 (pid {peer.pid}) failed: killed by SIGKILL" if drill == "killed" else "step_timeout_s"
+    assert any("replica ends" in line and words in line for line in server.lines)
+
+
+def test_the_logs_of_ranks_are_told_apart_and_nothing_stays_on_disk(server):
+    assert any("rank=1 process started" in line for line in server.lines)
+    mapped = {path for peer in peers(server) for path in (item.path for item in peer.memory_maps()) if "tandem" in path}
+    assert mapped and not any(Path(path.removesuffix(" (deleted)")).parent.exists() for path in mapped)
+
+
+def test_a_killed_command_leaves_no_process_not_even_one_that_is_stopped(server):
+    """Last of those that share the server: it ends it."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    peers(server)[0].suspend()
+    server.process.kill()
+    eventually(lambda: all(is_gone(child) for child in children))
+
+
+def test_sigterm_leaves_nothing_behind(folder):
+    with serving(str(folder), *OPTIONS) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(peers(server)) == 1
+        assert server.terminate() == 0
+        assert all(is_gone(child) for child in children)
