@@ -29,9 +29,9 @@ def logits_of(folder: Path, place: Place = ALONE, *, attention: str = "cpu", loa
     return torch.cat([logits for step in steps for logits in paged.step(step).values()])
 
 
-def rank_logits(rank: int, tensor_size: int, num_stages: int, folders: list[Path], load_format: str) -> list[Any]:
-    """Of every folder."""
+def rank_logits(rank: int, tensor_size: int, num_stages: int, models: list[tuple[Path, str]]) -> list[Any]:
+    """`logits_of` every model: its folder and load format."""
     place = Place.join(rank, tensor_size=tensor_size, num_stages=num_stages)
-    results = [logits_of(folder, place, load_format=load_format) for folder in folders]
+    results = [logits_of(folder, place, load_format=load_format) for folder, load_format in models]
     place.flush()
     return results

@@ -11,9 +11,10 @@ from paged import PagedModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
+from models import weights
 from models.registry import ModelError, load_text_model
 from models.weight_files import WeightsError, weight_files
-from models.weights import load_weights
+from models.weights import Cut, fill_dummy, load_weights
 
 CPU = torch.device("cpu")
 
@@ -58,6 +59,20 @@ def test_dummy_weights_need_no_files_and_are_the_same_each_time(tmp_path: Path) 
     first = logits(folder, load_format="dummy")
     assert first.isfinite().all()
     assert torch.equal(first, logits(folder, load_format="dummy"))
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape"), [(Cut(0, 3), (9, 20)), (Cut(0, 10), (10, 20)), (Cut(1, 7), (30, 6)), (Cut(1, 0), (30, 20))]
+)
+def test_dummy_weights_of_a_part_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, cut: Cut, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(weights, "_DUMMY_ELEMENTS", 100)
+    whole, part = torch.empty(30, 20), torch.empty(shape)
+    fill_dummy({"a.weight": whole})
+    fill_dummy({"a.weight": part}, cuts={"a.weight": cut}, whole={"a.weight": whole.shape})
+    assert torch.equal(part, whole[cut.index(part)])
+    assert 0.015 < float(whole.std()) < 0.025 and whole.unique().numel() == whole.numel()
 
 
 def test_copy_of_tied_embeddings_and_derived_tensors_are_ignored(tmp_path: Path) -> None:

@@ -38,21 +38,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_compute_the_logits_of_one(tmp_path: Path, num_ranks: int) -> None:
-    folders = [tiny_folder(tmp_path, family, **overrides) for family, overrides in MODELS.items()]
-    results = run_ranks(num_ranks, rank_logits, num_ranks, 1, folders, "auto")
-    for name, folder, first, *others in zip(MODELS, folders, *results, strict=True):
-        expected = logits_of(folder)
+@pytest.mark.parametrize(("num_ranks", "families"), [(2, tuple(MODELS)), (4, ("gemma2", "olmo2"))])
+def test_ranks_compute_the_logits_of_one(tmp_path: Path, num_ranks: int, families: tuple[str, ...]) -> None:
+    models = [(tiny_folder(tmp_path, family, **MODELS[family]), "auto") for family in families]
+    models.append((models[0][0], "dummy"))
+    results = run_ranks(num_ranks, rank_logits, num_ranks, 1, models)
+    for name, (folder, load_format), first, *others in zip([*families, "dummy"], models, *results, strict=True):
+        expected = logits_of(folder, load_format=load_format)
         assert all(torch.equal(first, other) for other in others), name
         torch.testing.assert_close(first, expected, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
         assert torch.equal(first.argmax(-1), expected.argmax(-1)), name
-
-
-def test_dummy_weights_are_those_of_one_rank(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path, "gemma2")
-    logits, _ = (result[0] for result in run_ranks(2, rank_logits, 2, 1, [folder], "dummy"))
-    torch.testing.assert_close(logits, logits_of(folder, load_format="dummy"), **TOLERANCE)
 
 
 def test_rank_keeps_its_part_of_the_weights() -> None:
