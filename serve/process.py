@@ -103,6 +103,7 @@ async def _run(spec: Spec) -> None:
 async def _start(spec: Spec, background: set[asyncio.Task[None]]) -> _Part:
     secret = base64.b64decode(spec.secret)
     if spec.model is not None:
+        from serve.ranks.launch import LocalLauncher
         from serve.replica import Replica, build
 
         replica = Replica(
@@ -111,7 +112,7 @@ async def _start(spec: Spec, background: set[asyncio.Task[None]]) -> _Part:
             secret=secret,
             hub_address=spec.hub_address,
             address=spec.address,
-            build=partial(build, num_replicas_here=spec.num_replicas_here),
+            build=partial(build, num_replicas_here=spec.num_replicas_here, launcher=LocalLauncher(spec.directory)),
         )
         await replica.start()
         _report(Report(event="ready", card=replica.card))

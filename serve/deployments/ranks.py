@@ -50,6 +50,8 @@ class PeerActor:
 class RayLauncher:
     """Peers as actors in the bundles after the first of this replica's placement group. Made in the replica's actor."""
 
+    directory: str | None = None
+
     def __init__(self, model: ModelOptions) -> None:
         group = get_current_placement_group()
         assert group is not None, "a replica of several ranks has a placement group"

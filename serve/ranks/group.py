@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import selectors
 import shutil
@@ -105,7 +106,7 @@ class RankGroup:
         self._threads = threads
         self._launcher = launcher
         self._secret = secrets.token_bytes(32)
-        self.directory = Path(tempfile.mkdtemp(prefix="tandem-ranks-", dir=_memory_folder()))  # 0700
+        self.directory = Path(tempfile.mkdtemp(prefix="tandem-ranks-", dir=launcher.directory))  # 0700
         self._processes: dict[int, PeerProcess] = {}
         self._links: dict[int, Link] = {}
         self._in_ring: tuple[Link, ...] = ()
@@ -226,9 +227,9 @@ class RankGroup:
         from serve.ranks.listen import Listeners
 
         here = [rank for rank in self.peer_ranks if self._launcher.is_here(rank, self.driver_rank)]
-        ring_path = f"{self.directory}/ring"
+        ring = os.memfd_create("tandem-ranks")
         if here:
-            self._ring = Ring(ring_path, self.world_size, here)
+            self._ring = Ring(ring, self.world_size, here)
         host = self._launcher.host
         where = f"file:{self.directory}/store" if host is None else f"tcp:{host}:0"
         store, where = make_store(where, self.world_size, is_master=True)
@@ -246,11 +247,11 @@ class RankGroup:
                     address=listeners.unix_address if is_here else listeners.tcp_address,
                     secret=self._secret.hex(),
                     store=where,
-                    ring=ring_path if is_here else None,
                     directory=str(self.directory) if is_here else None,
                 )
                 self._processes[rank] = self._launcher.launch(spec)
-            self._links = listeners.accept(self._processes, self._secret, START_S)
+            self._links = listeners.accept(self._processes, self._secret, ring, START_S)
+        os.close(ring)
         self._in_ring = tuple(self._links[rank] for rank in here)
         self._inline = tuple(link for rank, link in self._links.items() if rank not in here)
         self._replies = imported = Replies(self, self.peer_ranks)
@@ -260,8 +261,6 @@ class RankGroup:
         self._replies = joined = Replies(self, self.peer_ranks)
         self._join(store, host)
         joined.wait(START_S)
-        with contextlib.suppress(FileNotFoundError):
-            Path(ring_path).unlink()
         log.info("ranks joined world_size=%d driver_rank=%d", self.world_size, self.driver_rank)
 
     def _join(self, store: Any, host: str | None) -> None:
@@ -353,9 +352,3 @@ class RankGroup:
         shutil.rmtree(self.directory, ignore_errors=True)
         if on_death is not None:
             on_death(error)
-
-
-def _memory_folder() -> str | None:
-    """Where files are memory; None: the system's folder for temporary files, a disk perhaps, which costs no more than
-    the odd write-back of the ring."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None

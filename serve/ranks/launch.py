@@ -37,6 +37,8 @@ class Launcher(Protocol):
 
     host: str | None
     """The driver's address for peers on other nodes; None: all peers share this node."""
+    directory: str | None
+    """Where the group's own directory is made; None: where temporary files are."""
 
     def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
         """Each rank's device of this kind (`cpu` or `cuda`), as its own process names it."""
@@ -53,6 +55,10 @@ class LocalLauncher:
     """Peers as children of this process, in its process group, which import the very files that it imports."""
 
     host: str | None = None
+
+    def __init__(self, directory: str | None = None):
+        """`directory`: one that somebody removes even when this process is killed while it starts."""
+        self.directory = directory
 
     def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
         return tuple("cpu" if kind == "cpu" else f"cuda:{rank}" for rank in range(num_ranks))

@@ -185,6 +185,19 @@ def prove_peer(sock: socket.socket, secret: bytes, rank: int) -> None:
         raise LinkClosed("what listens there is not this group's driver")
 
 
+def hand_over(sock: socket.socket, file: int) -> None:
+    """Give a proven peer this open file. Of a Unix socket. Raises OSError."""
+    socket.send_fds(sock, [b"f"], [file])
+
+
+def take_over(sock: socket.socket) -> int:
+    """The file that the driver hands over. Raises LinkClosed and OSError."""
+    _, files, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not files:
+        raise LinkClosed("the driver handed over no file")
+    return files[0]
+
+
 def _proof(secret: bytes, role: str, rank: int, nonce_d: bytes, nonce_p: bytes) -> bytes:
     return hmac.digest(secret, f"{role} {rank} ".encode() + nonce_d + nonce_p, hashlib.sha256)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve.errors import EngineDead
 from serve.ranks.launch import PeerProcess
-from serve.ranks.link import Link, LinkClosed, prove_driver
+from serve.ranks.link import Link, LinkClosed, hand_over, prove_driver
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,13 @@ class Listeners:
             self._sockets.append(tcp)
             self.tcp_address = f"tcp:{host}:{tcp.getsockname()[1]}"
 
-    def accept(self, processes: Mapping[int, PeerProcess], secret: bytes, timeout_s: float) -> dict[int, Link]:
-        """Each peer's proven connection, by rank. Raises EngineDead when one ends before, or does not come."""
+    def accept(
+        self, processes: Mapping[int, PeerProcess], secret: bytes, ring: int, timeout_s: float
+    ) -> dict[int, Link]:
+        """Each peer's proven connection, by rank; those of this node get the file `ring`.
+
+        Raises EngineDead when one ends before, or does not come.
+        """
         links: dict[int, Link] = {}
         until = time.monotonic() + timeout_s
         while missing := sorted(processes.keys() - links.keys()):
@@ -44,6 +49,8 @@ class Listeners:
                 sock, _ = listening.accept()
                 try:
                     rank = prove_driver(sock, secret)
+                    if sock.family == socket.AF_UNIX:
+                        hand_over(sock, ring)
                 except (OSError, LinkClosed) as error:
                     log.warning("a connection was refused cause=%s", error)
                     sock.close()

@@ -22,7 +22,7 @@ from typing import NoReturn
 from serve.errors import ConfigError, TandemError
 from serve.logs import configure_logging
 from serve.ranks.failure import is_echo
-from serve.ranks.link import Kind, Link, LinkClosed, prove_peer
+from serve.ranks.link import Kind, Link, LinkClosed, prove_peer, take_over
 from serve.ranks.ring import Ring
 from serve.ranks.spec import PeerSpec, Worker
 
@@ -43,13 +43,13 @@ def main() -> NoReturn:
 def run(spec: PeerSpec) -> NoReturn:
     """Be the peer `spec` describes. Ends this process, whatever comes."""
     try:
-        link = connect(spec)
+        link, ring = connect(spec)
     except (OSError, LinkClosed) as error:
         log.error("the driver cannot be reached address=%s cause=%r", spec.address, error)
-        os._exit(1)
+        _leave(spec.directory, 1)
     threading.Thread(target=_end_with_driver, args=(link, spec.directory), name="driver-watch", daemon=True).start()
     try:
-        _serve(spec, link)
+        _serve(spec, link, ring)
     except LinkClosed:
         _leave(spec.directory)
     except BaseException as error:
@@ -62,8 +62,8 @@ def run(spec: PeerSpec) -> NoReturn:
     os._exit(0)
 
 
-def connect(spec: PeerSpec) -> Link:
-    """A proven connection to the driver. Raises OSError and LinkClosed."""
+def connect(spec: PeerSpec) -> tuple[Link, Ring | None]:
+    """A proven connection to the driver, and the ring on its node. Raises OSError and LinkClosed."""
     scheme, _, place = spec.address.partition(":")
     if scheme == "unix":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -72,11 +72,15 @@ def connect(spec: PeerSpec) -> Link:
         host, _, port = place.rpartition(":")
         sock = socket.create_connection((host, int(port)), timeout=30.0)
     prove_peer(sock, bytes.fromhex(spec.secret), spec.rank)
-    return Link(sock)
+    if scheme != "unix":
+        return Link(sock), None
+    file = take_over(sock)
+    ring = Ring(file, spec.world_size)
+    os.close(file)
+    return Link(sock), ring
 
 
-def _serve(spec: PeerSpec, link: Link) -> None:
-    ring = None if spec.ring is None else Ring(spec.ring, spec.world_size)
+def _serve(spec: PeerSpec, link: Link, ring: Ring | None) -> None:
     worker = _make_worker(spec, link)
     link.send(Kind.REPLY, _NOTHING)
     while True:
@@ -134,7 +138,7 @@ def _end_with_driver(link: Link, directory: str | None) -> None:
     _leave(directory)
 
 
-def _leave(directory: str | None) -> NoReturn:
+def _leave(directory: str | None, status: int = 0) -> NoReturn:
     if directory is not None:
         shutil.rmtree(directory, ignore_errors=True)
-    os._exit(0)
+    os._exit(status)

@@ -6,8 +6,8 @@ The driver writes a message once for all peers and rings each peer's bell (`link
 what the message says. A slot is written again only when every reader has counted past it. The ring never waits: a
 message that finds no free slot, or is larger than one, travels inline, so a slow peer cannot deadlock the driver.
 
-The file lies in the group's private directory on a memory file system, and is unlinked once every peer has mapped it:
-the memory is freed with the last process, however that one ends.
+The memory has no name: the driver hands its file descriptor to proven peers over their Unix sockets. It is freed with
+the last process that maps it, however that one ends.
 """
 
 from __future__ import annotations
@@ -26,17 +26,13 @@ _CACHE_LINE = 64
 class Ring:
     """The memory, mapped. The driver uses `write`, a peer `read` and `done`."""
 
-    def __init__(self, path: str, world_size: int, readers: Sequence[int] = ()):
-        """Map `path`. The driver names the ranks that read, and thereby makes the file; it must not exist."""
+    def __init__(self, file: int, world_size: int, readers: Sequence[int] = ()):
+        """Map `file`, which may be closed afterwards. The driver names the ranks that read."""
         start = -(-world_size * _CACHE_LINE // mmap.PAGESIZE) * mmap.PAGESIZE
         size = start + NUM_SLOTS * SLOT_BYTES
-        file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if readers else 0) | os.O_CLOEXEC, 0o600)
-        try:
-            if readers:
-                os.ftruncate(file, size)
-            self._memory = memoryview(mmap.mmap(file, size))
-        finally:
-            os.close(file)
+        if readers:
+            os.ftruncate(file, size)
+        self._memory = memoryview(mmap.mmap(file, size))
         self._counters = self._memory[:start].cast("Q")
         self._readers = [rank * _CACHE_LINE // 8 for rank in readers]
         self._slots = [self._memory[at : at + SLOT_BYTES] for at in range(start, size, SLOT_BYTES)]

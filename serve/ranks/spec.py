@@ -31,10 +31,9 @@ class PeerSpec:
     """Hex. Proves both sides to each other (`link.py`)."""
     store: str
     """Where torch.distributed meets: `file:PATH` on one node, `tcp:HOST:PORT` across nodes."""
-    ring: str | None
-    """File of the shared-memory ring; None on another node than the driver's."""
     directory: str | None
-    """Of socket, store and ring while the group starts. Removed by a peer whose driver is gone."""
+    """Of socket and store while the group starts; None on another node than the driver's. Removed by a peer whose
+    driver is gone."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -38,7 +38,6 @@ def assert_nothing_is_left(group: RankGroup) -> None:
 
 def test_the_directory_is_private_and_ends_with_the_start(pair):
     assert pair.directory.stat().st_mode & 0o777 == 0o700
-    assert not (pair.directory / "ring").exists()
     pair.watch(lambda error: None)
     assert not pair.directory.exists()
     pair.tell(message(sums=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -69,10 +70,15 @@ def test_a_lost_rank_ends_its_streams_with_an_error_and_the_model_serves_again(s
     assert any("replica ends" in line and words in line for line in server.lines)
 
 
-def test_the_logs_of_ranks_are_told_apart_and_nothing_stays_on_disk(server):
+def test_the_logs_of_ranks_are_told_apart(server):
     assert any("rank=1 process started" in line for line in server.lines)
-    mapped = {path for peer in peers(server) for path in (item.path for item in peer.memory_maps()) if "tandem" in path}
-    assert mapped and not any(Path(path.removesuffix(" (deleted)")).parent.exists() for path in mapped)
+
+
+def test_the_shared_memory_has_no_name_and_the_directory_of_the_start_is_gone(server):
+    mapped = [item.path for peer in peers(server) for item in peer.memory_maps() if "tandem-ranks" in item.path]
+    assert [path.removesuffix(" (deleted)") for path in mapped] == ["/memfd:tandem-ranks"]
+    address = next(found[1] for line in server.lines if (found := re.search(r"address=unix:(\S+)", line)))
+    assert not list(Path(address).parent.glob("tandem-ranks-*"))
 
 
 def test_a_killed_command_leaves_no_process_not_even_one_that_is_stopped(server):
