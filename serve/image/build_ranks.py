@@ -39,13 +39,13 @@ def load_ranked(
     """
     split = Split(options.tensor_parallel_size, options.cfg_parallel_size, options.ulysses_degree)
     _check(options, folder, split)
-    if device.type == "cuda" and launcher is None and torch.cuda.device_count() < split.num_ranks:
+    launcher = launcher or LocalLauncher()
+    if device.type == "cuda" and isinstance(launcher, LocalLauncher) and torch.cuda.device_count() < split.num_ranks:
         raise ConfigError(
             f"{_asked(options)}: {split.num_ranks} ranks take as many devices, but this machine shows "
             f"{torch.cuda.device_count()}",
             param=_asked(options).split()[0],
         )
-    launcher = launcher or LocalLauncher()
     devices = launcher.devices(device.type, split.num_ranks)
     group = RankGroup.start(WORKERS["image"], devices, threads=threads, launcher=launcher)
     try:
