@@ -16,6 +16,7 @@ from torch import Tensor
 from models.dit.base import Conditioning, DiT, DiTSpec
 from models.dit.part import Part
 from serve.engine.interface import DeviceFault
+from serve.errors import TandemError
 from serve.image.forward import Forward, NewPrompt
 from serve.ranks.group import RankGroup
 
@@ -81,7 +82,8 @@ class RankedDiT:
             output_RCHW = self._part.predict(latents_RCHW, times_R, conditioning)
         except Exception as error:
             cause = self._group.explain(error)
-            raise DeviceFault(f"{cause}" if cause is not error else f"a step failed on the driver: {error}") from error
+            is_told = isinstance(cause, TandemError)
+            raise DeviceFault(f"{cause}" if is_told else f"a step failed on the driver: {cause!r}") from error
         assert output_RCHW is not None, "the driver has the prediction"
         return output_RCHW
 

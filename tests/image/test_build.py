@@ -144,3 +144,27 @@ def test_options_of_the_other_kind_are_named():
             check_kind(options(**{name: value}), "image")
     with pytest.raises(ValueError, match="max_pixels is an option of image models"):
         check_kind(options(max_pixels=64), "text")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "refusal", "param"),
+    [
+        ("stock", {"cfg_parallel_size": 2}, r"cfg_parallel_size is 2, but FluxPipeline", "cfg_parallel_size"),
+        ("text to image", {"tensor_parallel_size": 3}, "tensor_parallel_size is 3, .* 1, 2, 4", "tensor_parallel_size"),
+        ("class-conditional", {"ulysses_degree": 4}, "ulysses_degree is 4, .* 2 attention heads", "ulysses_degree"),
+    ],
+)
+def test_ranks_that_cannot_share_a_model_are_refused_before_any_starts(
+    folders, monkeypatch, kind, sizes, refusal, param
+):
+    monkeypatch.setattr("serve.ranks.group.RankGroup.start", None)
+    for folder in (folders[kind], None):  # found already, or to be found
+        with pytest.raises(ConfigError, match=refusal) as told:
+            build_engine(options(folders[kind], **sizes), folder)
+        assert told.value.param == param
+        refusal = sizes_only(refusal)
+
+
+def sizes_only(refusal: str) -> str:
+    """Who looks for a model refuses in other words."""
+    return refusal.split(",")[0]

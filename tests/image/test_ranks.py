@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from image_engine import ImageEngine, drain, job, pixels
 
+from serve.engine.interface import DeviceFault
+from serve.errors import EngineDead
 from serve.image.build import build_engine
 from serve.image.ranked import RankedDiT
 from serve.image.runner import ImageRunner
@@ -46,9 +49,11 @@ def alone() -> tuple[list[np.ndarray], ModelCard]:
 
 
 @pytest.fixture(scope="module", params=["tensor_parallel_size", "cfg_parallel_size", "ulysses_degree"])
-def shared(request) -> Iterator[tuple[ImageEngine, ModelCard]]:
-    engine, card, _ = build_engine(options(**{request.param: 2}))
-    yield engine, card
+def shared(request) -> Iterator[tuple[ImageEngine, ModelCard, list[BaseException]]]:
+    """The engine, its card, and what ended it."""
+    causes: list[BaseException] = []
+    engine, card, _ = build_engine(options(**{request.param: 2}), on_death=causes.append)
+    yield engine, card, causes
     ranked(engine).group.close()
 
 
@@ -59,7 +64,7 @@ def ranked(engine: ImageEngine) -> RankedDiT:
 
 
 def test_images_equal_those_of_one_rank_and_come_again_the_same(shared, alone):
-    engine, _ = shared
+    engine, _, _ = shared
     first, second = images(engine), images(engine)
     assert len(first) == len(alone[0]) == len(ASKS) + 1
     for picture, expected in zip(first, alone[0]):
@@ -69,9 +74,22 @@ def test_images_equal_those_of_one_rank_and_come_again_the_same(shared, alone):
 
 
 def test_the_card_tells_of_the_whole_model_and_of_every_rank(shared, alone):
-    _, card = shared
+    _, card, _ = shared
     assert card.num_parameters == alone[1].num_parameters
     driver, peer = card.ranks
     assert (driver.rank, driver.device, peer.rank, peer.device) == (0, "cpu", 1, "cpu")
     assert 0 < peer.weight_bytes < driver.weight_bytes <= 4 * card.num_parameters
     assert peer.bytes_read == driver.bytes_read <= (EMBEDDED / "transformer" / FILE).stat().st_size
+
+
+def test_a_peer_that_is_killed_ends_the_engine_which_says_so(shared):
+    engine, _, causes = shared
+    engine.submit(job("it", width=64, height=64))
+    for _ in range(3):
+        engine.step()
+    ranked(engine).group._processes[1].kill()
+    drain(engine)
+    with pytest.raises(EngineDead):
+        engine.check_health()
+    assert all(re.search(r"rank 1 \(pid \d+\) failed: killed by SIGKILL", str(cause)) for cause in causes)
+    assert {type(cause) for cause in causes} == {DeviceFault, EngineDead}  # the engine's and the group's
