@@ -42,6 +42,8 @@ RESTART_PAUSE_S = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 STABLE_S = 60.0
 MEETING_S = 30.0
 """For every gateway to connect to replicas that are up already, and to read their tokenizers."""
+REAPING_S = 2.0
+"""For killed children to be gone, after a start that failed."""
 EXIT_MARGIN_S = 5.0
 """How much longer than the drain time a child gets before it is killed."""
 
@@ -84,6 +86,8 @@ class _Child:
             sys.executable, "-P", "-c", boot, stdin=PIPE, stdout=PIPE, start_new_session=True
         )
         assert process.stdin is not None and process.stdout is not None
+        if self.is_stopping:  # told so while the process was made
+            self.kill()
         process.stdin.write(msgspec.json.encode(self.spec) + b"\n")
         last = Report(
             event="failed", code=EngineDead.code, message="the process ended without a word; see its log above"
@@ -141,6 +145,16 @@ class LocalApplication:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
+        try:
+            return await self._start()
+        except BaseException:
+            # asyncio complains of children that are still there when its loop ends.
+            self.kill()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=REAPING_S)
+            raise
+
+    async def _start(self) -> str:
         self._options = settle(self._options, loads_here=True)
         hub_address = await self._hub.start(f"unix:{self._directory}/hub")
         for index, model in enumerate(self._options.models):

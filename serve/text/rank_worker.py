@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class TextWorker:
         """Join the groups of the split and read this rank's weights. Raises ConfigError."""
         self._options = ModelOptions(**options)
         self._kv_cache = []
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers heeds it too; only the driver draws one
         keep_freed_memory()
         size, stages = self._options.tensor_parallel_size, self._options.pipeline_parallel_size
         self._place = Place.join(self._rank, tensor_size=size, num_stages=stages)
