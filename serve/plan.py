@@ -266,7 +266,7 @@ def _assumptions(geometry: Geometry, fleet: Fleet) -> list[str]:
         f"  link     {fleet.link.name}: {fleet.link.source}",
         f"  memory   {MEMORY_SHARE:g} of each device, less {room}{'tokens take' if is_text else 'take'}",
         f"  columns  sent: in one direction, by one rank after another; step: {step}",
-        "  not in   the host's work between steps, and handing a step to the ranks: 0.03 to 0.2 ms on one node, measured "
+        "  not in   the host's work between steps, and handing a step to the ranks: 0.03 to 0.2 ms measured on a node "
         "(loadtest/results/ranks.md)",
     ]
 
