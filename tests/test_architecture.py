@@ -25,6 +25,7 @@ FORBIDDEN = {
     # files: what they never import, directly
     "models/": ("serve",),
     "serve/engine/": ("torch", "transformers", "serve.text", "serve.image", "serve.gateway", "serve.deployments"),
+    "serve/ranks/": ("serve.engine", "serve.text", "serve.image", "serve.gateway", "serve.deployments"),
     "serve/gateway/": ("torch", "transformers", "models", "serve.engine", "serve.deployments", "serve.image"),
     "serve/text/": ("serve.gateway", "serve.deployments", "serve.image"),
     "serve/text/scheduler.py": ("torch", "models"),
@@ -50,6 +51,8 @@ TORCH_FREE = (
     "serve.hub",
     "serve.cli",
     "serve.preflight",
+    "serve.ranks.group",
+    "serve.ranks.peer",
     "models.source",
 )
 BARE_GPU_BOX = (
@@ -140,4 +143,5 @@ def test_engine_runs_where_only_torch_exists():
     """A bare GPU box has torch, transformers, safetensors, numpy and pillow, and nothing of the serving plane."""
     hide = f"import sys; [sys.modules.__setitem__(name, None) for name in {BARE_GPU_BOX!r}]; "
     modules = "loadtest.engine, loadtest.gpu, loadtest.images, serve.text.build, serve.image.build, models.registry"
+    modules += ", serve.ranks.group, serve.ranks.peer, loadtest.ranks"
     subprocess.run([sys.executable, "-c", hide + "import " + modules], check=True, cwd=ROOT)

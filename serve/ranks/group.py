@@ -208,6 +208,8 @@ class RankGroup:
             self._watcher.join()
         for link in self._links.values():
             link.close()
+        self._bell.close()
+        self._wake.close()
         self._leave()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -322,10 +324,11 @@ class RankGroup:
                     self._selector.unregister(self._links[rank])
                     return [Loss.from_words(rank, process.name, body)]
                 with self._changed:
-                    assert kind == Kind.REPLY and self._replies is not None
+                    if kind != Kind.REPLY or self._replies is None:
+                        raise LinkClosed(f"it sent a frame of kind {kind}, which nobody asked for")
                     self._replies.add(rank, body)
                     self._changed.notify_all()
-        except (LinkClosed, OSError) as error:
+        except (LinkClosed, OSError, ValueError, KeyError) as error:
             self._selector.unregister(self._links[rank])
             return [Loss(rank, process.name, process.wait(LAST_WORDS_S) or str(error))]
         return []

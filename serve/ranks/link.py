@@ -44,7 +44,10 @@ class Kind(enum.IntEnum):
 MAX_FRAME_BYTES = 64 << 20
 MAX_QUEUED_BYTES = 256 << 20
 """Of one peer: it has stopped reading long before."""
-HANDSHAKE_S = 10.0
+HANDSHAKE_S = 5.0
+"""For a connection to prove itself to the driver, which takes one after the other."""
+PATIENCE_S = 60.0
+"""Of a peer with a driver that has others to take before it."""
 _HEADER = struct.Struct("<BBxxI")
 _HELLO = struct.Struct("<I32s32s")
 _NONCE = 32
@@ -175,7 +178,7 @@ def prove_driver(sock: socket.socket, secret: bytes) -> int:
 
 def prove_peer(sock: socket.socket, secret: bytes, rank: int) -> None:
     """The peer's side. Raises LinkClosed and OSError."""
-    sock.settimeout(HANDSHAKE_S)
+    sock.settimeout(PATIENCE_S)
     nonce_d, proof = memoryview(bytearray(_NONCE)), memoryview(bytearray(32))
     _read_into(sock, nonce_d)
     nonce_p = secrets.token_bytes(_NONCE)
