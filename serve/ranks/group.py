@@ -31,6 +31,7 @@ from serve.errors import EngineDead, TandemError
 from serve.ranks.failure import Loss, first_cause
 from serve.ranks.launch import Launcher, LocalLauncher, PeerProcess
 from serve.ranks.link import Kind, Link, LinkClosed, Payload
+from serve.ranks.listen import Listeners
 from serve.ranks.ring import Ring
 from serve.ranks.spec import PeerSpec
 
@@ -210,6 +211,7 @@ class RankGroup:
             link.close()
         self._bell.close()
         self._wake.close()
+        self._selector.close()
         self._leave()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -225,35 +227,19 @@ class RankGroup:
     # -- the start -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        from serve.ranks.join import make_store
-        from serve.ranks.listen import Listeners
+        from serve.ranks.join import make_store  # torch
 
         here = [rank for rank in self.peer_ranks if self._launcher.is_here(rank, self.driver_rank)]
-        ring = os.memfd_create("tandem-ranks")
-        if here:
-            self._ring = Ring(ring, self.world_size, here)
         host = self._launcher.host
         where = f"file:{self.directory}/store" if host is None else f"tcp:{host}:0"
         store, where = make_store(where, self.world_size, is_master=True)
-        listeners = Listeners(self.directory, host)
-        with contextlib.closing(listeners):
+        with open(os.memfd_create("tandem-ranks"), "wb") as ring, Listeners(self.directory, host) as listeners:
+            if here:
+                self._ring = Ring(ring.fileno(), self.world_size, here)
             for rank in self.peer_ranks:
-                is_here = rank in here
-                spec = PeerSpec(
-                    worker=self._worker,
-                    rank=rank,
-                    world_size=self.world_size,
-                    driver_rank=self.driver_rank,
-                    device=self._devices[rank],
-                    threads=self._threads,
-                    address=listeners.unix_address if is_here else listeners.tcp_address,
-                    secret=self._secret.hex(),
-                    store=where,
-                    directory=str(self.directory) if is_here else None,
-                )
-                self._processes[rank] = self._launcher.launch(spec)
-            self._links = listeners.accept(self._processes, self._secret, ring, START_S)
-        os.close(ring)
+                address = listeners.unix_address if rank in here else listeners.tcp_address
+                self._processes[rank] = self._launcher.launch(self._spec(rank, address, where))
+            self._links = listeners.accept(self._processes, self._secret, ring.fileno(), START_S)
         self._in_ring = tuple(self._links[rank] for rank in here)
         self._inline = tuple(link for rank, link in self._links.items() if rank not in here)
         self._replies = imported = Replies(self, self.peer_ranks)
@@ -264,6 +250,20 @@ class RankGroup:
         self._join(store, host)
         joined.wait(START_S)
         log.info("ranks joined world_size=%d driver_rank=%d", self.world_size, self.driver_rank)
+
+    def _spec(self, rank: int, address: str, store: str) -> PeerSpec:
+        return PeerSpec(
+            worker=self._worker,
+            rank=rank,
+            world_size=self.world_size,
+            driver_rank=self.driver_rank,
+            device=self._devices[rank],
+            threads=self._threads,
+            address=address,
+            secret=self._secret.hex(),
+            store=store,
+            directory=str(self.directory) if address.startswith("unix:") else None,
+        )
 
     def _join(self, store: Any, host: str | None) -> None:
         """In a thread that is left behind when a peer ends meanwhile: torch.distributed would wait for it."""
@@ -303,7 +303,8 @@ class RankGroup:
         until: float | None = None
         while not self._is_closing:
             timeout = None if until is None else until - time.monotonic()
-            if timeout is not None and (timeout <= 0 or len(losses) == len(self._links)):
+            is_clear = any(loss.is_own for loss in losses) or len(losses) == len(self._links)
+            if timeout is not None and (timeout <= 0 or is_clear):
                 self._lose(first_cause(losses))
                 return
             for key, _ in self._selector.select(timeout):

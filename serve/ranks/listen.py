@@ -68,6 +68,9 @@ class Listeners:
                 raise EngineDead(f"ranks {missing} have not connected within {timeout_s:g} s")
         return dict(sorted(links.items()))
 
-    def close(self) -> None:
+    def __enter__(self) -> Listeners:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for sock in self._sockets:
             sock.close()

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import NoReturn
 
 from serve.errors import ConfigError, TandemError
@@ -29,6 +30,9 @@ from serve.ranks.spec import PeerSpec, Worker
 log = logging.getLogger(__name__)
 
 CONNECT_S = 30.0
+LAST_S = 5.0
+"""From last words to the end, which the driver brings sooner: by killing this process, or by being gone itself. Until
+then the collective that the others stand in does not fail for them, so that they do not complain, too."""
 _WINDOW_BYTES = 1 << 20
 """A prefill's message of 8192 tokens is 34 KiB, the first of 256 long sequences 70."""
 _NOTHING = b"{}"
@@ -61,7 +65,8 @@ def run(spec: PeerSpec) -> NoReturn:
         elif not isinstance(error, ConfigError):  # which the driver's side prints, once
             log.exception("rank failed")
         _send_last_words(link, error)
-        os._exit(1)
+        time.sleep(LAST_S)
+        _leave(spec.directory, 1)
     os._exit(0)
 
 
