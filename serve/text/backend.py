@@ -17,10 +17,10 @@ from serve.engine.stream import Stream
 from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.merged import merge
-from serve.ranks.group import RankGroup
 from serve.request import Grammar, ModelCard, Request, TextRequest
 from serve.text.beam_choices import BeamChoices
 from serve.text.beam_group import BeamGroup
+from serve.text.build_ranks import Ranks
 from serve.text.grammar_compiler import Compiled, GrammarCompiler
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
@@ -34,7 +34,7 @@ class TextBackend:
         engine: Engine[Sequence, Any, Any],
         card: ModelCard,
         grammars: GrammarCompiler | None = None,
-        ranks: RankGroup | None = None,
+        ranks: Ranks | None = None,
     ):
         """Without `grammars` a request for constrained output is refused. `ranks`: end with this."""
         self._engine = engine

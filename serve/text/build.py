@@ -32,11 +32,10 @@ from serve.engine.interface import DeviceFault, Observer
 from serve.errors import ConfigError
 from serve.model_folder import find_model
 from serve.options import ModelOptions, SpeculativeOptions
-from serve.ranks.group import RankGroup
 from serve.ranks.launch import Launcher
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
-from serve.text.build_ranks import Ranks, start_group
+from serve.text.build_ranks import Loading, Ranks
 from serve.text.build_speculation import (
     check_draft,
     draft_cache,
@@ -52,7 +51,6 @@ from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
 from serve.text.load import cache_of, load_model
 from serve.text.load_progress import LoadProgress
-from serve.text.peers import Peers
 from serve.text.runner import TokenRunner
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput
@@ -80,7 +78,7 @@ def build_text(
     that takes several; None: as processes here.
     """
     folder = folder or find_model(options, "text")[0]
-    group = make_group(options, num_replicas_here, launcher)
+    ranks = start_ranks(options, num_replicas_here, launcher)
     engine, card = build_engine(
         options,
         folder,
@@ -88,21 +86,21 @@ def build_text(
         observer=observer,
         progress=progress,
         on_death=on_death,
-        group=group,
+        ranks=ranks,
     )
     engine.start()
     assert isinstance(engine.scheduler, TokenScheduler)
     vocabulary = partial(load_vocabulary, folder, card.vocab_size, engine.scheduler.eos_token_ids)
     grammars = GrammarCompiler(vocabulary)
     grammars.prepare()
-    return TextBackend(engine, card, grammars, group)
+    return TextBackend(engine, card, grammars, ranks)
 
 
-def make_group(options: ModelOptions, num_replicas_here: int = 1, launcher: Launcher | None = None) -> RankGroup | None:
+def start_ranks(options: ModelOptions, num_replicas_here: int = 1, launcher: Launcher | None = None) -> Ranks | None:
     """The other ranks of a model that takes several; None for one. Raises ConfigError and EngineDead."""
     if options.num_ranks == 1:
         return None
-    return start_group(options, set_threads(options, num_replicas_here * options.num_ranks), launcher)
+    return Ranks.start(options, set_threads(options, num_replicas_here * options.num_ranks), launcher)
 
 
 def build_engine(
@@ -114,22 +112,22 @@ def build_engine(
     progress: bool = True,
     on_death: Callable[[BaseException], None] | None = None,
     depth: int | None = None,
-    group: RankGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[TextEngine, ModelCard]:
     """The same up to an engine that nobody steps yet, and the card of its model.
 
     `depth`: steps in flight. None: with stages, one less than there are, so that each has a batch; else 1 on CUDA,
-    which computes while the host prepares, and 0 on CPU, where it would gain nothing. `group`: the other ranks of a
+    which computes while the host prepares, and 0 on CPU, where it would gain nothing. `ranks`: the processes of a
     model that takes several, closed here when building fails and by the caller afterwards; None: they are started
     here, and end with this process.
     """
     folder = folder or find_model(options, "text")[0]
-    group = group or make_group(options, num_replicas_here)
+    ranks = ranks or start_ranks(options, num_replicas_here)
     try:
-        return _build(options, folder, num_replicas_here, observer, progress, on_death, depth, group)
+        return _build(options, folder, num_replicas_here, observer, progress, on_death, depth, ranks)
     except BaseException:
-        if group is not None:
-            group.close()
+        if ranks is not None:
+            ranks.close()
         raise
 
 
@@ -141,14 +139,14 @@ def _build(
     progress: bool,
     on_death: Callable[[BaseException], None] | None,
     depth: int | None,
-    group: RankGroup | None,
+    ranks: Ranks | None,
 ) -> tuple[TextEngine, ModelCard]:
     started = time.monotonic()
     device = choose_device(options)
     threads = set_threads(options, num_replicas_here * options.num_ranks)
     keep_freed_memory()
-    ranks = None if group is None else Ranks.begin(group, options, folder)
-    model = _load(options, folder, device, progress=progress, ranks=ranks)
+    loading = None if ranks is None else Loading.begin(ranks, options, folder)
+    model = _load(options, folder, device, progress=progress, loading=loading)
     is_large_on_cpu = device.type == "cpu" and model.num_parameters >= SMALL_MODEL
     if is_large_on_cpu:
         use_huge_pages()
@@ -156,7 +154,7 @@ def _build(
     draft = _load_draft(options, speculation, model, folder, device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
-    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here, ranks)
+    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here, loading)
     stages = options.pipeline_parallel_size
     scheduler = TokenScheduler(
         KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
@@ -180,8 +178,8 @@ def _build(
         on_death=on_death,
         idle_work=partial(next, take_memory(runner.kv_cache), False) if is_large_on_cpu else runner.capture_next,
     )
-    if group is not None:
-        group.watch(on_death or (lambda error: None))
+    if ranks is not None:
+        ranks.group.watch(on_death or (lambda error: None))
     card = ModelCard(
         name=options.name,
         kind="text",
@@ -198,7 +196,7 @@ def _build(
         created=int(time.time()),
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
-        ranks=() if ranks is None else ranks.cards(options.block_size),
+        ranks=() if loading is None else loading.cards(options.block_size),
     )
     log.info(
         "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
@@ -215,7 +213,7 @@ def _fit_runner(
     device: torch.device,
     max_num_tokens: int,
     num_replicas_here: int,
-    ranks: Ranks | None,
+    loading: Loading | None,
 ) -> tuple[TokenRunner, CacheSize]:
     """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError.
 
@@ -232,15 +230,15 @@ def _fit_runner(
         return num_bytes // block_bytes
 
     try:
-        num_blocks = measure() if ranks is None else ranks.fit(measure, max_num_tokens, num_replicas_here)
+        num_blocks = measure() if loading is None else loading.fit(measure, max_num_tokens, num_replicas_here)
         size = choose_cache_size(
             options, cache, max_positions=model.spec.max_positions, memory_bytes=num_blocks * cache.block_bytes
         )
-        if ranks is not None:
-            ranks.group.call("allocate", num_blocks=size.num_blocks + 1)
+        if loading is not None:
+            loading.ranks.group.call("allocate", num_blocks=size.num_blocks + 1)
         attention = make_attention("auto", cache, model.rank_spec.num_heads)
         can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
-        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and ranks is None
+        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and loading is None
         runner = TokenRunner(
             model,
             attention,
@@ -252,7 +250,7 @@ def _fit_runner(
             if speculation is None
             else make_proposer(speculation, draft, extra, num_blocks=size.num_blocks, max_num_tokens=max_num_tokens),
             rejects=speculation is not None and speculation.rejection_sample_method == "standard",
-            peers=None if ranks is None else Peers(ranks.group, ranks.place, max_num_seqs=options.max_num_seqs),
+            peers=None if loading is None else loading.peers(options),
         )
         runner.warm_up()
     except torch.OutOfMemoryError as error:
@@ -286,16 +284,16 @@ def _load_draft(
 
 
 def _load(
-    options: ModelOptions, folder: Path, device: torch.device, *, progress: bool, ranks: Ranks | None = None
+    options: ModelOptions, folder: Path, device: torch.device, *, progress: bool, loading: Loading | None = None
 ) -> CausalLM:
     """With ranks it returns when all of them have loaded."""
     bar = LoadProgress(options.name) if progress else None
     try:
-        place = ALONE if ranks is None else ranks.place
+        place = ALONE if loading is None else loading.ranks.place
         model = load_model(options, folder, device, place=place, progress=bar)
     finally:
         if bar is not None:
             bar.close()
-    if ranks is not None:
-        ranks.loaded(model, device)
+    if loading is not None:
+        loading.loaded(model, device)
     return model

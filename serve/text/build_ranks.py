@@ -22,6 +22,7 @@ from serve.ranks.launch import Launcher, LocalLauncher
 from serve.ranks.spec import WORKERS
 from serve.request import RankCard
 from serve.text.load import held_by
+from serve.text.peers import Peers
 
 _FOR_PEERS = (
     "model",
@@ -39,53 +40,62 @@ _FOR_PEERS = (
 )
 
 
-def driver_rank(options: ModelOptions) -> int:
-    return (options.pipeline_parallel_size - 1) * options.tensor_parallel_size
-
-
-def start_group(options: ModelOptions, threads: int, launcher: Launcher | None = None) -> RankGroup:
-    """The peers' processes, before they load. `threads`: of each, unless the model turns out to be small.
-
-    Raises ConfigError, also what a peer raised, and EngineDead.
-    """
-    device, num_ranks = choose_device(options), options.num_ranks
-    if device.type == "cuda" and launcher is None and torch.cuda.device_count() < num_ranks:
-        raise ConfigError(
-            f"tensor_parallel_size {options.tensor_parallel_size} times pipeline_parallel_size "
-            f"{options.pipeline_parallel_size} takes {num_ranks} devices, but this machine shows "
-            f"{torch.cuda.device_count()}; lower them",
-            param="tensor_parallel_size",
-        )
-    launcher = launcher or LocalLauncher()
-    devices = launcher.devices(device.type, num_ranks)
-    return RankGroup.start(
-        WORKERS["text"], devices, driver_rank=driver_rank(options), threads=threads, launcher=launcher
-    )
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of one model while it is built. Use: `begin`, load the driver's part, `loaded`, `fit`, `cards`."""
+    """The started processes of a model, and where the driver stands among them. Usable for one model after another."""
 
     group: RankGroup
     place: Place
-    """The driver's."""
+
+    @classmethod
+    def start(cls, options: ModelOptions, threads: int, launcher: Launcher | None = None) -> Ranks:
+        """`threads`: of each peer, unless its model turns out to be small. `launcher` None: processes of this machine.
+
+        Raises ConfigError, also what a peer raised, and EngineDead.
+        """
+        device, num_ranks = choose_device(options), options.num_ranks
+        size, stages = options.tensor_parallel_size, options.pipeline_parallel_size
+        if device.type == "cuda" and launcher is None and torch.cuda.device_count() < num_ranks:
+            raise ConfigError(
+                f"tensor_parallel_size {size} times pipeline_parallel_size {stages} takes {num_ranks} devices, but "
+                f"this machine shows {torch.cuda.device_count()}; lower them",
+                param="tensor_parallel_size",
+            )
+        launcher = launcher or LocalLauncher()
+        devices, driver_rank = launcher.devices(device.type, num_ranks), (stages - 1) * size
+        group = RankGroup.start(WORKERS["text"], devices, driver_rank=driver_rank, threads=threads, launcher=launcher)
+        try:
+            replies = group.begin("join", tensor_size=size, num_stages=stages)
+            place = Place.join(driver_rank, tensor_size=size, num_stages=stages)
+            replies.wait()
+        except RuntimeError as error:
+            group.close()
+            raise group.explain(error) from error
+        except BaseException:
+            group.close()
+            raise
+        return cls(group, place)
+
+    def close(self) -> None:
+        """End the other ranks. Any number of times."""
+        self.group.close()
+
+
+@dataclass(slots=True)
+class Loading:
+    """One model on its way onto the ranks. Use: `begin`, load the driver's part, `loaded`, `fit`, `cards`."""
+
+    ranks: Ranks
     _replies: Replies
     _held: dict[int, dict[str, Any]] = field(default_factory=dict)
     _room: dict[int, int] = field(default_factory=dict)
     """Blocks that each rank has memory for."""
 
     @classmethod
-    def begin(cls, group: RankGroup, options: ModelOptions, folder: Path) -> Ranks:
-        """Have the peers load, and join with them the groups of the split. Raises what ended the group."""
+    def begin(cls, ranks: Ranks, options: ModelOptions, folder: Path) -> Loading:
+        """Have the peers load. Raises what ended the group."""
         chosen = {name: getattr(options, name) for name in _FOR_PEERS}
-        replies = group.begin("load", folder=str(folder), options=chosen)
-        size, stages = options.tensor_parallel_size, options.pipeline_parallel_size
-        try:
-            place = Place.join(group.driver_rank, tensor_size=size, num_stages=stages)
-        except RuntimeError as error:
-            raise group.explain(error) from error
-        return cls(group, place, replies)
+        return cls(ranks, ranks.group.begin("load", folder=str(folder), options=chosen))
 
     def loaded(self, model: CausalLM, device: torch.device) -> None:
         """Wait for the peers; `model` is the driver's part. Raises ConfigError when a peer did."""
@@ -93,14 +103,19 @@ class Ranks:
 
     def fit(self, measure: Callable[[], int], max_num_tokens: int, num_replicas_here: int) -> int:
         """Blocks that every rank has memory for; `measure` says how many the driver has. All measure together."""
-        replies = self.group.begin("size", max_num_tokens=max_num_tokens, num_replicas_here=num_replicas_here)
+        replies = self.ranks.group.begin("size", max_num_tokens=max_num_tokens, num_replicas_here=num_replicas_here)
         try:
             own = measure()
         except RuntimeError as error:
-            raise self.group.explain(error) from error
+            raise self.ranks.group.explain(error) from error
         by_rank = self._by_rank({"num_blocks": own}, replies.wait())
         self._room = {rank: reply["num_blocks"] for rank, reply in by_rank.items()}
         return min(self._room.values())
+
+    def peers(self, options: ModelOptions) -> Peers:
+        """For the runner."""
+        seqs, size = options.max_num_seqs, options.block_size
+        return Peers(self.ranks.group, self.ranks.place, max_num_seqs=seqs, block_size=size)
 
     def cards(self, block_size: int) -> tuple[RankCard, ...]:
         return tuple(
@@ -109,4 +124,4 @@ class Ranks:
         )
 
     def _by_rank(self, own: dict[str, Any], replies: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        return {self.group.driver_rank: own, **dict(zip(self.group.peer_ranks, replies))}
+        return {self.ranks.group.driver_rank: own, **dict(zip(self.ranks.group.peer_ranks, replies))}

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Peers:
     """Used by the engine's thread only."""
 
-    def __init__(self, group: RankGroup, place: Place, *, max_num_seqs: int):
+    def __init__(self, group: RankGroup, place: Place, *, max_num_seqs: int, block_size: int):
         """`place`: the driver's. `max_num_seqs`: sequences that run at a time."""
         self._group = group
         self._place = place
-        self._encoder = StepEncoder(2 * max_num_seqs + 1)  # and the canary
+        self._encoder = StepEncoder(2 * max_num_seqs + 1, block_size)  # and the canary
 
     @property
     def num_stages(self) -> int:

@@ -24,7 +24,7 @@ from serve.transfer import to_device
 
 
 class TextWorker:
-    """A `Worker`. `load`, `size` and `allocate` come first, in this order, and may come again for another model."""
+    """A `Worker`. `join`, `load`, `size` and `allocate` come first, the last three again for another model."""
 
     def __init__(self, spec: PeerSpec):
         self._rank = spec.rank
@@ -38,14 +38,17 @@ class TextWorker:
         self._decoder = StepDecoder()
         self._idle_work: Iterator[bool] = iter(())
 
+    def join(self, tensor_size: int, num_stages: int) -> dict[str, Any]:
+        """Join the groups of the split."""
+        self._place = Place.join(self._rank, tensor_size=tensor_size, num_stages=num_stages)
+        return {}
+
     def load(self, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Join the groups of the split and read this rank's weights. Raises ConfigError."""
+        """Read this rank's weights. Raises ConfigError."""
         self._options = ModelOptions(**options)
         self._kv_cache = []
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers heeds it too; only the driver draws one
         keep_freed_memory()
-        size, stages = self._options.tensor_parallel_size, self._options.pipeline_parallel_size
-        self._place = Place.join(self._rank, tensor_size=size, num_stages=stages)
         self._model = load_model(self._options, Path(folder), self._device, place=self._place)
         if self._is_large_on_cpu:
             use_huge_pages()

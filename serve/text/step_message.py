@@ -58,15 +58,16 @@ class _Known:
     slot: int
     sent: list[int] = field(default_factory=list)
     length: int = -1
-    """Of the table when it was last compared; -1: compare again, for drafts may have come and gone."""
+    """Of the table when it was last compared; -1: compare again, for its last blocks may have been drafts' only."""
 
 
 class StepEncoder:
     """The driver's side. Every message must reach every decoder, in order."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, block_size: int):
         """`capacity`: block tables to remember, at least as many as a step may have rows."""
         self._capacity = capacity
+        self._block_size = block_size
         self._young: dict[int, _Known] = {}  # by the address of the list
         self._old: dict[int, _Known] = {}
         self._free: list[int] = []
@@ -81,7 +82,10 @@ class StepEncoder:
             known = young.get(id(table))
             if known is None or num_new != 1 or known.length != len(table):
                 assert isinstance(table, list)
-                known = self._change(table, num_new, changes)
+                end = layout.num_computed[len(slots)] + num_new
+                known = self._change(table, changes)
+                is_settled = num_new == 1 and len(table) * self._block_size < end + self._block_size
+                known.length = len(table) if is_settled else -1
                 young = self._young
             slots.append(known.slot)
         values = [
@@ -105,7 +109,7 @@ class StepEncoder:
         values += changes
         return memoryview(array("i", values)).cast("B")
 
-    def _change(self, table: list[int], num_new: int, changes: list[int]) -> _Known:
+    def _change(self, table: list[int], changes: list[int]) -> _Known:
         """The table's entry, brought up to date; what of it is news goes to `changes`."""
         known = self._young.get(id(table)) or self._remember(table)
         sent = known.sent
@@ -117,7 +121,6 @@ class StepEncoder:
             changes += (known.slot, kept, len(added))
             changes += added
             sent[kept:] = added
-        known.length = len(table) if num_new == 1 else -1
         return known
 
     def _remember(self, table: list[int]) -> _Known:
