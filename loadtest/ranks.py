@@ -109,7 +109,7 @@ class _Figures:
 
 
 def measure_messages(group: RankGroup, steps: _Decodes | _Prefills, num_steps: int, pause_s: float) -> _Figures:
-    encoder = StepEncoder(2 * steps.num_sequences)
+    encoder = StepEncoder(2 * steps.num_sequences, BLOCK_SIZE)
     group.call("held_ns")
     began, encode, tell, sizes = [], [], [], []
     for _ in range(num_steps + NUM_WARM_UP):
@@ -128,7 +128,7 @@ def measure_messages(group: RankGroup, steps: _Decodes | _Prefills, num_steps: i
 
 def measure_objects(group: RankGroup, steps: _Decodes | _Prefills, num_steps: int, pause_s: float) -> _Figures:
     """The same content, deltas of block tables included, as a list that torch pickles."""
-    encoder = StepEncoder(2 * steps.num_sequences)
+    encoder = StepEncoder(2 * steps.num_sequences, BLOCK_SIZE)
     group.call("held_ns")
     replies = group.begin("receive_objects", num_steps=num_steps + NUM_WARM_UP)
     began, tell = [], []
