@@ -379,7 +379,7 @@ def test_drafts_change_no_token_and_the_usage_tells_them():
         assert ids_of(events) == expected(5, max_tokens=40)
         used = events[-1].usage
         assert used.completion_tokens == 40 and used.accepted_tokens > 0 and used.rejected_tokens > 0
-        num_drafted = sum(batch.rows[0].num_drafts for batch in setup.device.batches)
+        num_drafted = sum(len(batch.rows[0].drafts) for batch in setup.device.batches)
         assert used.accepted_tokens + used.rejected_tokens == num_drafted
 
     run(test)
