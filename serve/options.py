@@ -98,8 +98,8 @@ class ModelOptions:
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shapes, nothing read but the config."""
     threads: int | None = bounded(None, least=1, most=1024)
-    """Compute threads of one replica. None: its share of the cores (cores / replicas on this machine), but one for a
-    model of less than 30 M parameters."""
+    """Compute threads of each rank of a replica. None: its share of the cores (cores / ranks of all replicas on this
+    machine), but one for a model of less than 30 M parameters."""
     num_replicas: int = bounded(1, least=1, most=1024)
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
@@ -132,9 +132,9 @@ class ModelOptions:
     gpu_memory_utilization: float = bounded(0.9, least=0.01, most=1.0, only="text")
     """Share of the device's memory for weights, activations and KV cache together."""
     kv_cache_memory_bytes: int | None = bounded(None, least=1, most=1 << 50, only="text")
-    """Size of the KV cache. None: on CUDA what is left of `gpu_memory_utilization`; on CPU enough for
-    `max_num_seqs` / 8 full-length sequences, at most a quarter of the free memory; decodes there keep copies of what
-    they have cached, up to half as much again."""
+    """Size of the KV cache, of each rank where there are several. None: on CUDA what is left of
+    `gpu_memory_utilization`; on CPU enough for `max_num_seqs` / 8 full-length sequences, at most a quarter of the free
+    memory; decodes there keep copies of what they have cached, up to half as much again."""
     enforce_eager: bool = only_for("text", False)
     """No CUDA graphs."""
     speculative_config: SpeculativeOptions | None = field(default=None, metadata={"only": "text"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -176,7 +176,7 @@ def _build(
         step_timeout_s=options.step_timeout_s,
         observer=observer,
         on_death=on_death,
-        idle_work=partial(next, take_memory(runner.kv_cache), False) if is_large_on_cpu else runner.capture_next,
+        idle_work=partial(_take, runner, take_memory(runner.kv_cache)) if is_large_on_cpu else runner.capture_next,
     )
     if ranks is not None:
         ranks.group.watch(on_death or (lambda error: None))
@@ -203,6 +203,13 @@ def _build(
         *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
     )
     return engine, card
+
+
+def _take(runner: TokenRunner, parts: Iterator[bool]) -> bool:
+    """Idle work of a large model on CPU: the next part of the cache's memory, on every rank."""
+    if runner.peers is not None:
+        runner.peers.tell_idle()
+    return next(parts, False)
 
 
 def _fit_runner(

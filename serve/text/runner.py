@@ -98,7 +98,7 @@ class TokenRunner:
         self._collected_s = 0.0
         """When the last step was collected: a later one does not count the time before."""
         self._is_async = cache.device.type == "cuda"
-        self._peers = peers
+        self.peers = peers
         self._computes_late = peers is not None and peers.num_stages > 1 and not self._is_async
         self._told: deque[_Planned] = deque()
         """Steps that are to be computed when they are collected."""
@@ -127,8 +127,8 @@ class TokenRunner:
             began_s = self._clock()
             with torch.inference_mode():
                 planned = self._plan(batch, self._propose(batch.rows), began_s)
-                if self._peers is not None:
-                    self._peers.tell(planned.step)
+                if self.peers is not None:
+                    self.peers.tell(planned.step)
                 if self._computes_late:
                     self._told.append(planned)
                     return planned
@@ -240,10 +240,10 @@ class TokenRunner:
         """What all ranks do together, in the same order; nothing when it is done already."""
         if planned.computed is not None:
             return
-        if self._peers is None:
+        if self.peers is None:
             planned.computed = self._logits(planned)
         else:
-            with self._peers.in_step():
+            with self.peers.in_step():
                 planned.computed = self._logits(planned)
 
     def _logits(self, planned: _Planned) -> tuple[torch.Tensor, list[PromptScores], torch.Tensor | None]:
@@ -256,8 +256,8 @@ class TokenRunner:
             assert self._previous is not None
             to_P, of_P = to_device(step.pending + planned.sources, self.device).split(len(step.pending))
             ids_P = self._previous[1][of_P]
-            if self._peers is not None:
-                self._peers.share(ids_P)
+            if self.peers is not None:
+                self.peers.share(ids_P)
             ids_T[to_P] = ids_P
         if self._graphs is not None and num_tokens == len(layout.num_new) and self._graphs.covers(num_tokens):
             hidden_TD = self._graphs.forward(ids_T, positions_T, layout)
@@ -361,8 +361,8 @@ class TokenRunner:
         places = list(range(num_tokens))
         step = Step(ids, places, TokenLayout([num_tokens], [0], [self._own_table]), places, wants_all=True)
         planned = _Planned([], step, Proposed(), [], 0.0)
-        if self._peers is not None:
-            self._peers.tell(planned.step)
+        if self.peers is not None:
+            self.peers.tell(planned.step)
         self._compute_model(planned)
         assert planned.computed is not None
         return planned.computed[0].cpu()

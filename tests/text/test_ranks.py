@@ -320,7 +320,7 @@ def test_a_step_that_fails_when_it_was_told_ends_the_engine_with_its_cause(
     folders, monkeypatch, caplog, failure, words
 ):
     engine = build(folders("llama"))
-    monkeypatch.setattr(engine._runner, "_peers", Peers(LostGroup(failure), ALONE, max_num_seqs=8, block_size=BLOCK))
+    monkeypatch.setattr(engine._runner, "peers", Peers(LostGroup(failure), ALONE, max_num_seqs=8, block_size=BLOCK))
     if failure is None:
         monkeypatch.setattr(engine._runner.model, "forward", Mock(side_effect=ValueError("a fault of its own")))
     stream = engine.submit(sequence(PROMPTS[0]))
