@@ -28,6 +28,7 @@ from typing import Any
 
 import msgspec
 
+from serve.devices import assign_devices, visible_devices
 from serve.errors import ConfigError, EngineDead, TandemError, by_code
 from serve.hub import Hub
 from serve.options import ModelOptions, ServeOptions
@@ -157,9 +158,11 @@ class LocalApplication:
     async def _start(self) -> str:
         self._options = settle(self._options, loads_here=True)
         hub_address = await self._hub.start(f"unix:{self._directory}/hub")
-        for index, model in enumerate(self._options.models):
-            for number in range(model.num_replicas):
-                self._replicas.append(self._child(f"replica-{index}-{number}", hub_address, model=model))
+        assigned = assign_devices(self._options.models, visible_devices())
+        for index, (model, replicas) in enumerate(zip(self._options.models, assigned, strict=True)):
+            for number, devices in enumerate(replicas):
+                name = f"replica-{index}-{number}"
+                self._replicas.append(self._child(name, hub_address, model=model, devices=devices))
         # Gateways start beside the replicas: they import while weights load, and are ready when the models are.
         first = self._child("gateway-0", hub_address)
         self._gateways.append(first)
@@ -208,7 +211,15 @@ class LocalApplication:
         self._tasks.append(asyncio.create_task(child.supervise(), name=name))
         return child
 
-    def _spec(self, name: str, hub_address: str, *, model: ModelOptions | None = None, port: int | None = None) -> Spec:
+    def _spec(
+        self,
+        name: str,
+        hub_address: str,
+        *,
+        model: ModelOptions | None = None,
+        devices: tuple[str, ...] = (),
+        port: int | None = None,
+    ) -> Spec:
         gateway = self._options.gateway
         return Spec(
             process_id=name,
@@ -217,6 +228,7 @@ class LocalApplication:
             address=f"unix:{self._directory}/{name}",
             directory=str(self._directory),
             model=model,
+            devices=devices,
             num_replicas_here=sum(model.num_replicas for model in self._options.models),
             models=tuple(model.name for model in self._options.models),
             gateway=None if model else dataclasses.replace(gateway, port=gateway.port if port is None else port),

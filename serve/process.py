@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from serve.devices import VISIBLE
 from serve.errors import TandemError
 from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions
@@ -43,6 +44,8 @@ class Spec:
     directory: str
     """Of the application's sockets. Removed when the parent has gone without doing so."""
     model: ModelOptions | None = None
+    devices: tuple[str, ...] = ()
+    """Of a replica, by CUDA's names; empty: those this process sees."""
     num_replicas_here: int = 1
     """Replicas that share this machine's cores and memory."""
     gateway: GatewayOptions | None = None
@@ -71,6 +74,8 @@ def main() -> None:
     """Run what standard input asks for, until SIGTERM or the parent's end."""
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=Spec)
     configure_logging()
+    if spec.devices:  # before anything loads CUDA
+        os.environ[VISIBLE] = ",".join(spec.devices)
     threading.Thread(target=_end_with_parent, args=(spec.directory,), name="parent-watch", daemon=True).start()
     try:
         asyncio.run(_run(spec))

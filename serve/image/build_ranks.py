@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from models.dit.part import Part
 from models.dit.pipeline import StockPipeline
 from models.dit.registry import check_split, load_dit, load_part
 from serve.compute import choose_dtype
+from serve.devices import device_name
 from serve.errors import ConfigError
 from serve.image.ranked import RankedDiT
 from serve.options import ModelOptions
@@ -49,7 +49,7 @@ def load_ranked(
     devices = launcher.devices(device.type, split.num_ranks)
     group = RankGroup.start(WORKERS["image"], devices, threads=threads, launcher=launcher)
     try:
-        return _load(options, folder, torch.device(devices[0]), split, group, devices)
+        return _load(options, folder, torch.device(devices[0]), split, group)
     except BaseException:
         group.close()
         raise
@@ -69,7 +69,7 @@ def _asked(options: ModelOptions) -> str:
 
 
 def _load(
-    options: ModelOptions, folder: Path, device: torch.device, split: Split, group: RankGroup, devices: Sequence[str]
+    options: ModelOptions, folder: Path, device: torch.device, split: Split, group: RankGroup
 ) -> tuple[RankedDiT, tuple[RankCard, ...]]:
     dtype = choose_dtype(options, device)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -82,12 +82,16 @@ def _load(
         raise group.explain(error) from error
     assert not isinstance(model, StockPipeline), "the split was checked"
     # The driver has text encoders and VAE beside its part.
-    own = {"weight_bytes": model.num_parameters * model.spec.dtype.itemsize, "bytes_read": part.bytes_read}
+    own = {
+        "device": device_name(str(device)),
+        "weight_bytes": model.num_parameters * model.spec.dtype.itemsize,
+        "bytes_read": part.bytes_read,
+    }
     cards = []
     for rank, held in enumerate([own, *replies.wait()]):
-        cards.append(RankCard(rank=rank, device=devices[rank], **held))
+        cards.append(RankCard(rank=rank, **held))
         log.info(
             "rank ready model=%s rank=%d device=%s weight_bytes=%d bytes_read=%d",
-            *(options.name, rank, devices[rank], held["weight_bytes"], held["bytes_read"]),
+            *(options.name, rank, held["device"], held["weight_bytes"], held["bytes_read"]),
         )
     return RankedDiT(model, part, group), tuple(cards)

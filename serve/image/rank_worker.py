@@ -13,6 +13,7 @@ from models.dit.checkpoint import DiTError
 from models.dit.grid import Grid, Split
 from models.dit.part import Part
 from models.dit.registry import load_part
+from serve.devices import device_name
 from serve.errors import ConfigError
 from serve.image.forward import Forward, NewPrompt
 from serve.ranks.spec import PeerSpec
@@ -46,7 +47,8 @@ class ImageWorker:
             raise ConfigError(
                 f"the weights of rank {self._rank} do not fit the memory of {self._device}", param="model"
             ) from error
-        return {"weight_bytes": self._part.weight_bytes, "bytes_read": self._part.bytes_read}
+        device = device_name(str(self._device))
+        return {"device": device, "weight_bytes": self._part.weight_bytes, "bytes_read": self._part.bytes_read}
 
     def set_threads(self, threads: int) -> None:
         """Of this rank, once the model's size is known."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Protocol
 
+from serve.devices import VISIBLE, visible_devices
 from serve.ranks.spec import PeerSpec
 
 _BOOT = "import sys; sys.path[:] = {path!r}; from serve.ranks.peer import main; main()"
@@ -41,7 +42,7 @@ class Launcher(Protocol):
     """Where the group's own directory is made; None: where temporary files are."""
 
     def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
-        """Each rank's device of this kind (`cpu` or `cuda`), as its own process names it."""
+        """Each rank's device of this kind (`cpu` or `cuda`), as its own process names it, which sees that one only."""
         ...
 
     def is_here(self, rank: int, driver_rank: int) -> bool:
@@ -61,18 +62,21 @@ class LocalLauncher:
         self.directory = directory
 
     def devices(self, kind: str, num_ranks: int) -> tuple[str, ...]:
-        return tuple("cpu" if kind == "cpu" else f"cuda:{rank}" for rank in range(num_ranks))
+        return ("cpu" if kind == "cpu" else "cuda:0",) * num_ranks
 
     def is_here(self, rank: int, driver_rank: int) -> bool:
         return True
 
     def launch(self, spec: PeerSpec) -> PeerProcess:
         boot = _BOOT.format(path=[os.path.abspath(path) for path in sys.path])
+        environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads)}
+        if spec.device != "cpu":  # the driver takes the first it sees, whatever its rank
+            environment[VISIBLE] = visible_devices()[spec.rank + (spec.rank < spec.driver_rank)]
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", boot],
             stdin=subprocess.PIPE,
             stdout=_STANDARD_ERROR,  # the driver's standard output speaks to its own parent
-            env={**os.environ, "OMP_NUM_THREADS": str(spec.threads)},
+            env=environment,
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:

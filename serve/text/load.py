@@ -14,6 +14,7 @@ from models.text.base import CausalLM, ModelError
 from models.weight_files import WeightsError
 from models.weights import Progress
 from serve.compute import choose_dtype
+from serve.devices import device_name
 from serve.errors import ConfigError
 from serve.options import ModelOptions
 
@@ -54,7 +55,7 @@ def cache_of(options: ModelOptions, model: CausalLM, device: torch.device) -> KV
 def held_by(model: CausalLM, device: torch.device) -> dict[str, Any]:
     """What a rank tells of its part. A model of transformers' own is whole on every rank, and does not count."""
     return {
-        "device": str(device),
+        "device": device_name(str(device)),
         "weight_bytes": getattr(model, "weight_bytes", model.num_parameters * model.spec.dtype.itemsize),
         "bytes_read": getattr(model, "num_bytes_read", 0),
     }
