@@ -217,7 +217,8 @@ class Pool:
                 stream = await member.remote.submit(request)
             except _ELSEWHERE as refusal:
                 refusals.append(refusal)
-                if isinstance(refusal, ReplicaLost) and not _is_up(member):
+                has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
+                if has_died and candidate.replica_id not in lost:  # or it is the death that is known already
                     lost.append(candidate.replica_id)
                     require_innocent(request, lost, self)
                 continue

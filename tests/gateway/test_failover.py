@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from gateway_fakes import FakeBackend, card, entry, ids, joined
+from gateway_fakes import FakeBackend, call, card, entry, fake_gateway, ids, joined
 from gateway_image_fakes import FakeImageBackend, image_card
 
 from serve.errors import DeadlineExceeded, Draining, EngineDead, Overloaded, Quarantined, ReplicaLost, Unavailable
@@ -314,3 +314,38 @@ def test_prompt_is_scored_by_the_second_replica_when_the_first_did_not_get_to_it
     async def _(net):
         events = await answer(net, request(prompt_logprobs=0))
         assert sum(isinstance(e, PromptScored) for e in events) == 1
+
+
+def told(*backends: FakeBackend, **fields: Any) -> list[Any]:
+    """The answers to two equal requests, one for each replica."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": len(REPLY), **fields}
+
+    async def run() -> list[Any]:
+        async with fake_gateway(*backends) as gateway:
+            return [(await call(gateway, "/v1/completions", body)).json() for _ in range(2)]
+
+    return asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize("num_read", range(len(REPLY)))
+def test_stop_strings_and_text_do_not_notice(num_read):
+    """The stop string spans tokens, so part of it is held back wherever the stream is cut."""
+    fields = {"n": 2, "stop": "and the c", "logprobs": 1}
+    undisturbed = told(FakeBackend(REPLY), **fields)[0]
+    broken = FakeBackend(REPLY, replica_id="a", fail_after=(num_read, LOST))
+    for answer in told(broken, FakeBackend(REPLY, replica_id="b"), **fields):
+        assert answer["choices"] == undisturbed["choices"] and answer["usage"] == undisturbed["usage"]
+    assert undisturbed["choices"][0]["text"] == "the big grey dog " and broken.requests
+
+
+def test_quarantined_request_is_an_error_that_clients_do_not_repeat():
+    async def run() -> None:
+        poisoned = [FakeBackend(REPLY, replica_id=name, fail_after=(0, LOST)) for name in "abc"]
+        async with fake_gateway(*poisoned) as gateway:
+            reply = await call(gateway, "/v1/completions", {"model": "tiny", "prompt": "a"})
+            assert reply.status == 500 and reply.headers["x-should-retry"] == "false"
+            assert reply.json()["error"]["code"] == "quarantined"
+            assert sum(len(backend.requests) for backend in poisoned) == 2
+            assert gateway.metric("tandem_quarantines_total") == 1
+
+    asyncio.run(asyncio.wait_for(run(), 30))
