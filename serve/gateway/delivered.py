@@ -46,7 +46,8 @@ class DeliveredText:
 
     def __init__(self, request: TextRequest, card: ModelCard) -> None:
         self._request = request
-        self._is_drawn_by_seed = card.is_reproducible or request.sampling.is_greedy
+        sampling = request.sampling
+        self._is_reproducible = card.is_reproducible or sampling.is_greedy or sampling.beams is not None
         self._tokens: list[list[int]] = [[] for _ in range(request.n)]
         self._num_cached: list[int | None] = [None] * request.n
         """As the choice's first replica told it."""
@@ -62,7 +63,7 @@ class DeliveredText:
 
     @property
     def is_exact(self) -> bool:
-        return self._is_drawn_by_seed or not (self._ended or any(self._tokens))
+        return self._is_reproducible or not (self._ended or any(self._tokens))
 
     def take(self, events: list[Event]) -> list[Event]:
         if self._has_moved:
