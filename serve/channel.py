@@ -2,7 +2,7 @@
 
 Everything a step of the engine gives this gateway's streams comes as one frame. A reader that is slow gets its events
 in fewer, larger pieces and holds up nobody. Closing a stream sends `Cancel` at once. When the connection ends, the
-streams raise `ReplicaLost`.
+streams raise `ReplicaLost`, or `Draining` where the replica had said that it would go.
 
 A request may reach the replica by another way than the channel (a `Carrier`: Ray's handle call, which stays open until
 the request has ended). It names the connection and the stream, and all else is the same.
@@ -172,8 +172,9 @@ class ChannelClient:
         if not self._welcomed.done():
             self._welcomed.set_exception(ReplicaLost(reason))
             self._welcomed.exception()
+        loss = Draining if self.is_draining else ReplicaLost  # an end that was announced is nobody's fault
         for number in list(self._streams):
-            self._fail(number, ReplicaLost(f"replica {self.replica_id!r} was lost: {reason}; send the request again"))
+            self._fail(number, loss(f"replica {self.replica_id!r} was lost: {reason}; send the request again"))
         for call in self._calls.values():
             call.cancel()
         if self._on_lost is not None:

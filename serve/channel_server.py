@@ -77,7 +77,7 @@ class ChannelServer:
             await asyncio.wait(pumps, timeout=1.0)  # the last events are in the streams: let them leave
 
     async def aclose(self) -> None:
-        """End every stream with `ReplicaLost`, every connection, and the socket."""
+        """End every stream with `Draining`, every connection, and the socket."""
         self.is_draining = True
         if self._reporting is not None:
             self._reporting.cancel()
@@ -180,7 +180,7 @@ class _Session:
     def shut(self) -> None:
         """End every stream: the replica is going."""
         for stream, outgoing in self.streams.items():
-            self.fail(stream, ReplicaLost(f"replica {self._server.replica_id!r} is shutting down"))
+            self.fail(stream, Draining(f"replica {self._server.replica_id!r} is shutting down"))
             outgoing.task.cancel()
 
     def _one_by_one(self, events: list[tuple[int, list[Event]]]) -> Iterable[bytes]:

@@ -12,6 +12,7 @@
     │   └── EngineDead              the engine is unhealthy and its process ends
     ├── DeadlineExceeded            the request's own deadline passed
     └── RequestFailed               computing this request failed, and it alone
+        └── Quarantined             replicas were lost while they had it, so no other one gets it
 
 Only `serve/gateway/errors.py` knows HTTP statuses. Messages start lower-case, quote the value, name the remedy, and
 hold no secrets and no prompt text.
@@ -96,6 +97,12 @@ class RequestFailed(TandemError):
     """Computing this request failed (its batch mates go on)."""
 
     code = "request_failed"
+
+
+class Quarantined(RequestFailed):
+    """Several replicas were lost while they computed this request, maybe because of it: no other one is risked."""
+
+    code = "quarantined"
 
 
 def by_code(code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> TandemError:

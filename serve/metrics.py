@@ -97,6 +97,8 @@ METRICS: dict[str, Metric] = {
             labels={"model": None, "reason": REASONS},
         ),
         _gateway("tandem_cancellations_total", "counter", "Accepted requests whose client left before the end."),
+        _gateway("tandem_failovers_total", "counter", "Moves of accepted requests to another replica after a loss."),
+        _gateway("tandem_quarantines_total", "counter", "Requests given up because two replicas were lost with them."),
         _gateway("tandem_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
         _gateway("tandem_output_tokens_total", "counter", "Generated tokens."),
         _gateway("tandem_cached_tokens_total", "counter", "Prompt tokens found in a prefix cache."),
@@ -150,8 +152,7 @@ METRICS: dict[str, Metric] = {
             "tandem_image_step_seconds", "histogram", "An engine step over images, by stage.", LATENCY_S, STAGE
         ),
         _replica(
-            "tandem_image_step_rows", "histogram",
-            "Rows of the forward: texts, latents to denoise (two when guided) or to decode.", JOBS, STAGE,
+            "tandem_image_step_rows", "histogram", "Texts, latents to denoise (two when guided) or decode.", JOBS, STAGE
         ),
         _replica("tandem_image_step_tokens", "histogram", "Rows times latent tokens of a step.", TOKENS, STAGE),
         _replica("tandem_kv_cache_usage_ratio", "gauge", "Share of the KV cache held by unfinished jobs."),
@@ -167,8 +168,7 @@ METRICS: dict[str, Metric] = {
             labels={"model": None, "position": POSITIONS},
         ),
         _replica(
-            "tandem_speculation_mean_accepted_tokens", "gauge",
-            "Tokens that a row with drafts gave, its own one included, since the start.",
+            "tandem_speculation_mean_accepted_tokens", "gauge", "Tokens a row with drafts gave, its own too, so far."
         ),
         _replica("tandem_speculation_draft_tokens", "gauge", "Drafts a row of the last step; 0 where they do not pay."),
         _replica("tandem_model_info", "gauge", "1; what a replica serves, in its labels.", labels=CARD),

@@ -118,6 +118,9 @@ class TextRequest:
     """From acceptance to the last token; None: no deadline."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt (the tenant)."""
+    generated: tuple[tuple[int, ...] | None, ...] = ()
+    """Not empty: the request goes on where another replica left it. Per choice the tokens it has given so far, which
+    are not given again; None: the choice has ended. `prompt_logprobs` is then None unless nothing has been given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +151,8 @@ class ImageRequest:
     priority: int = 0
     timeout_s: float | None = None
     """From acceptance to the last image; None: no deadline."""
+    delivered: tuple[int, ...] = ()
+    """Images that another replica has finished, by index: they are not drawn again."""
 
 
 Request = TextRequest | ImageRequest
@@ -220,6 +225,8 @@ class ModelCard:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     """Text: as configured; gateways, which have the chat template, know what auto means."""
+    is_reproducible: bool = True
+    """Text: whether a seed gives the same tokens again. Not where drafts are rejected by chance (`standard`)."""
     image: ImageLimits | None = None
     """Of an image model."""
     ranks: tuple[RankCard, ...] = ()

@@ -176,19 +176,24 @@ def _script(backend: FakeBackend, request: TextRequest, reply: list[int]) -> lis
     usage = Usage(len(request.prompt_token_ids), num_sampled, backend.num_cached)
     is_scored = end_id is not None and sampling.logprobs is not None
     end_logprobs = scored(end_id, sampling.logprobs) if is_scored else None
+    given = request.generated or ((),) * request.n
+    rests = {index: kept[len(tokens) :] for index, tokens in enumerate(given) if tokens is not None}
     steps: list[list[Event]] = []
-    for start in range(0, len(kept), size):
-        new = tuple(kept[start : start + size])
-        logprobs = tuple(scored(token_id, sampling.logprobs) for token_id in new)
-        cached = backend.num_cached if start == 0 else None
-        told = logprobs if sampling.logprobs is not None else None
-        steps.append([TokenDelta(index, new, told, num_cached=cached) for index in range(request.n)])
+    for start in range(0, max(map(len, rests.values())), size):
+        events: list[Event] = []
+        for index, rest in rests.items():
+            if new := tuple(rest[start : start + size]):
+                logprobs = tuple(scored(token_id, sampling.logprobs) for token_id in new)
+                cached = backend.num_cached if start == 0 else None
+                told = logprobs if sampling.logprobs is not None else None
+                events.append(TokenDelta(index, new, told, num_cached=cached))
+        steps.append(events)
     steps = steps or [[]]
     if request.prompt_logprobs is not None:
         rest = request.prompt_token_ids[1:]
         entries = (None, *(scored(token_id, request.prompt_logprobs) for token_id in rest))
         steps[0].insert(0, PromptScored(entries))
-    steps[-1] += [Finished(index, reason, usage, end_id, end_logprobs) for index in range(request.n)]
+    steps[-1] += [Finished(index, reason, usage, end_id, end_logprobs) for index in rests]
     return steps
 
 
@@ -230,10 +235,11 @@ async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[
     async def connect(entry: Any, on_lost: Callable[[], None]) -> FakeBackend:
         return by_id[entry.replica_id]
 
-    pool = Pool(connect)
+    recorder = Recorder("gateway-0", "gateway")
+    pool = Pool(connect, recorder=recorder)
     pool.update([entry(replica.replica_id, replica.card.name, kind=replica.card.kind) for replica in replicas])
     await joined(pool, len(replicas))
-    drain, recorder = Drain(), Recorder("gateway-0", "gateway")
+    drain = Drain()
 
     async def metrics() -> str:
         return render([recorder.snapshot()])

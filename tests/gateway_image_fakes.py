@@ -54,15 +54,16 @@ class FakeImageBackend(FakeBackend):
     def script(self, request: Any) -> list[list[Event]]:
         num_steps, previews = request.num_inference_steps, request.num_previews
         after = {(number + 1) * num_steps // (previews + 1): number for number in range(previews)}
+        missing = [index for index in range(request.n) if index not in request.delivered]
         steps: list[list[Event]] = []
         for step in range(1, num_steps + 1):
             events: list[Event] = []
-            for index in range(request.n):
+            for index in missing:
                 events.append(DenoiseProgress(index, step, num_steps))
                 if step in after and step < num_steps:
                     events.append(ImagePreview(index, after[step], step, self.picture(request, index, step)))
             steps.append(events)
-        for index in range(request.n):
+        for index in missing:
             usage = Usage(prompt_tokens=7, completion_tokens=LATENT_TOKENS)
             file = ImageReady(index, self.picture(request, index, num_steps))
             steps.append([file, Finished(index, FinishReason.STOP, usage)])

@@ -37,8 +37,8 @@ class Gateway:
         self._secret = secret
         self._hub_address = hub_address
         self._carrier_for = carrier_for
-        self._pool = Pool(self._connect)
         self._recorder = Recorder(gateway_id, "gateway")
+        self._pool = Pool(self._connect, recorder=self._recorder)
         self._drain = Drain()
         self._hub: HubClient | None = None
         self._server: GatewayServer | None = None

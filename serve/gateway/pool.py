@@ -1,16 +1,18 @@
 """The replicas this gateway can reach, by model: connects what the hub names, drops what it no longer names, submits.
 
-A request is tried at the next replica when one refuses it for now or is lost, as long as no event of it has arrived;
-seeds are concrete by then, so the second replica computes the same tokens. After the first event nothing is retried.
+A request is tried at the next replica when one refuses it for now or is lost before it has accepted. Once accepted it
+outlives its replica (`failover.py`): the pool finds another one to go on, or waits for one to come up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from serve.backend import Backend, EventStream, Load
@@ -26,8 +28,10 @@ from serve.errors import (
     TandemError,
     Unavailable,
 )
-from serve.events import Event
+from serve.gateway.delivered import delivered
+from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.routing import Candidate, Router
+from serve.metrics import Recorder
 from serve.request import ModelCard, Request
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry
@@ -36,6 +40,11 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.1
 MAX_RETRY_S = 5.0
+FAILOVER_WAIT_S = 30.0
+"""How long a request that has lost its replica waits for one that takes it. A replica of a small model is started again
+in 5 s; a client is not kept for the minutes that large weights take."""
+MAX_KNOCK_S = 1.0
+"""Pause between two tries at replicas that are full."""
 _ELSEWHERE = (Overloaded, Draining, ReplicaLost, EngineDead)
 """Refusals another replica may not share."""
 
@@ -78,15 +87,26 @@ class _Model:
 class Pool:
     """One per gateway; lives on its event loop."""
 
-    def __init__(self, connect: Connect, router: Router | None = None) -> None:
+    def __init__(
+        self,
+        connect: Connect,
+        router: Router | None = None,
+        *,
+        recorder: Recorder | None = None,
+        failover_wait_s: float = FAILOVER_WAIT_S,
+    ) -> None:
         self._connect = connect
         self._router = router or Router()
+        self._recorder = recorder or Recorder("gateway", "gateway")
+        self._failover_wait_s = failover_wait_s
+        self._is_closed = False
         self._members: dict[str, _Member] = {}
         self._models: dict[str, _Model] = {}
         self._expected: dict[str, str] = {}
         """Models the hub names, connected or not, and their kind."""
         self._closing: set[asyncio.Task[None]] = set()
         self._joined = asyncio.Event()
+        """Set, and replaced by a new one, whenever a replica joins."""
 
     def update(self, entries: Sequence[ReplicaEntry]) -> None:
         """The hub's list: connect to new replicas, drop the others once their streams have ended."""
@@ -108,7 +128,6 @@ class Pool:
     async def meet(self, models: Collection[str]) -> None:
         """Return when every one of `models` can be served from here."""
         while not set(models) <= {member.entry.model for member in self._members.values() if _is_up(member)}:
-            self._joined.clear()
             await self._joined.wait()
 
     def cards(self) -> list[ModelCard]:
@@ -141,22 +160,56 @@ class Pool:
 
     async def submit(self, request: Request) -> EventStream:
         """Return once a replica has accepted. Raises what the last replica refused with, Overloaded before others."""
-        member, stream = await self._place(request)
-        return _Stream(self, member, stream, request)
+        lost: list[str] = []
+        began = asyncio.get_running_loop().time()
+        placement = await self._place(request, lost)
+        seen = delivered(request, self._models[request.model].card)
+        return PlacedStream(request, placement, self, seen, lost, began)
+
+    async def place_again(self, request: Request, lost: list[str], until: float | None) -> Placement:
+        """For a request that has lost its replica: wait for one to take it, `failover_wait_s` or until its deadline.
+
+        Raises what the last one refused with, DeadlineExceeded, Quarantined."""
+        loop, pause = asyncio.get_running_loop(), FIRST_RETRY_S
+        last_try = loop.time() + self._failover_wait_s
+        while True:
+            joined = self._joined
+            try:
+                return await self._place(shortened(request, until, loop.time()), lost)
+            except Unavailable:
+                left = (last_try if until is None else min(last_try, until)) - loop.time()
+                if left <= 0 or self._is_closed:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(joined.wait(), min(pause, left))
+            pause = min(2 * pause, MAX_KNOCK_S)
+
+    def moved(self, request: Request) -> None:
+        self._count("tandem_failovers_total", request)
+
+    def gave_up(self, request: Request) -> None:
+        self._count("tandem_quarantines_total", request)
+
+    def _count(self, name: str, request: Request) -> None:
+        self._recorder.admit(request.model)
+        self._recorder.count(name, model=request.model)
 
     async def aclose(self) -> None:
+        self._is_closed = True
         for member in list(self._members.values()):
             self._drop(member, now=True)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _place(self, request: Request) -> tuple[_Member, EventStream]:
+    async def _place(self, request: Request, lost: list[str]) -> Placement:
+        """At the best replica that takes it. `lost` takes those whose connection ends meanwhile."""
         able = {
             member.entry.replica_id: member
             for member in self._members.values()
             if member.entry.model == request.model and _is_up(member)
         }
         refusals: list[TandemError] = []
-        for candidate in self._router.rank(request, [_candidate(member) for member in able.values()]) if able else ():
+        ranked = self._router.rank(request, [_candidate(member) for member in able.values()]) if able else []
+        for candidate in sorted(ranked, key=lambda candidate: candidate.replica_id in lost):
             member = able[candidate.replica_id]
             if member.remote is None:
                 continue  # lost while another one refused
@@ -164,9 +217,14 @@ class Pool:
                 stream = await member.remote.submit(request)
             except _ELSEWHERE as refusal:
                 refusals.append(refusal)
+                has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
+                if has_died and candidate.replica_id not in lost:  # or it is the death that is known already
+                    lost.append(candidate.replica_id)
+                    require_innocent(request, lost, self)
                 continue
             self._router.record(request, candidate.replica_id)
-            return member, stream
+            member.num_open += 1
+            return Placement(candidate.replica_id, stream, partial(self._ended, member))
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
             raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
@@ -191,7 +249,8 @@ class Pool:
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_S)
         member.remote = remote
-        self._joined.set()
+        joined, self._joined = self._joined, asyncio.Event()
+        joined.set()
         log.info("replica joined id=%s model=%s", entry.replica_id, entry.model)
 
     async def _learn(self, name: str, remote: Remote) -> _Model:
@@ -242,56 +301,11 @@ class Pool:
             raise Unavailable("no model is ready yet; try again soon")
         raise ModelNotFound(f"no {kind} model is served here", param="model")
 
-    def ended(self, member: _Member) -> None:
+    def _ended(self, member: _Member) -> None:
         """One of the member's streams has ended."""
         member.num_open -= 1
         if member.is_dropped and member.num_open == 0:
             self._release(member)
-
-
-class _Stream:
-    """A placed request. Goes to another replica once when its own is lost before the first event."""
-
-    def __init__(self, pool: Pool, member: _Member, stream: EventStream, request: Request) -> None:
-        self._pool = pool
-        self._member: _Member | None = member
-        self._stream = stream
-        self._request = request
-        self._may_move = True
-        member.num_open += 1
-
-    def __aiter__(self) -> EventStream:
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        try:
-            events = await self._stream.__anext__()
-        except (ReplicaLost, EngineDead):
-            if not self._may_move:
-                raise
-            await self._move()
-            events = await self._stream.__anext__()
-        self._may_move = False
-        return events
-
-    async def aclose(self) -> None:
-        self._may_move = False
-        try:
-            await self._stream.aclose()
-        finally:
-            self._leave()
-
-    async def _move(self) -> None:
-        self._may_move = False
-        await self._stream.aclose()
-        self._leave()
-        self._member, self._stream = await self._pool._place(self._request)
-        self._member.num_open += 1
-
-    def _leave(self) -> None:
-        member, self._member = self._member, None
-        if member is not None:
-            self._pool.ended(member)
 
 
 def _is_up(member: _Member) -> bool:

@@ -57,7 +57,7 @@ class ImageBackend:
         _check(request)
         images: list[ImageStream] = []
         try:
-            for index in range(request.n):
+            for index in sorted(set(range(request.n)) - set(request.delivered)):
                 stream = self._engine.submit(self._trajectory(request, index))
                 images.append(ImageStream(index, request, stream, self._told))
         except BaseException:
@@ -186,6 +186,8 @@ def _check(request: ImageRequest) -> None:
     """What is not the trajectories' business."""
     if request.n < 1:
         raise InvalidRequest(f"n is {request.n}; ask for at least one image", param="n")
+    if set(request.delivered) >= set(range(request.n)):
+        raise InvalidRequest(f"all of the {request.n} images are delivered already", param="delivered")
     if request.output_format not in FORMATS:
         raise InvalidRequest(
             f"output_format {request.output_format!r} is not one of {', '.join(FORMATS)}", param="output_format"

@@ -2,6 +2,9 @@
 
 A request for `n` choices is `n` sequences with seeds `seed + i`. They share the prompt through the prefix cache: the
 first one computes it, the others wait for its blocks. Their streams are merged into one; closing it cancels them all.
+
+A request that another replica has begun goes on as after preemption by recompute: its sequences begin with the tokens
+given there, so seed and position, penalties, lengths and grammar are what they would have been.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from serve.request import Grammar, ModelCard, Request, TextRequest
 from serve.text.beam_choices import BeamChoices
 from serve.text.beam_group import BeamGroup
 from serve.text.build_ranks import Ranks
+from serve.text.grammar import Matcher
 from serve.text.grammar_compiler import Compiled, GrammarCompiler
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
@@ -63,10 +67,11 @@ class TextBackend:
         grammar = await self._compile(request.sampling.grammar)
         if request.sampling.beams is not None:
             return BeamChoices(self._engine.submit(self._beam_group(request, grammar)))
-        choices: list[Choice] = []
+        choices: list[EventStream] = []
         try:
-            for index in range(request.n):
-                choices.append(Choice(index, self._engine.submit(self._sequence(request, index, grammar))))
+            for index, generated in enumerate(_generated(request)):
+                if generated is not None:
+                    choices.append(await self._begin(request, index, generated, grammar))
         except BaseException:
             for choice in choices:
                 await choice.aclose()
@@ -110,13 +115,26 @@ class TextBackend:
             num_returned=request.n,
         )
 
-    def _sequence(self, request: TextRequest, index: int, grammar: Compiled | None) -> Sequence:
+    async def _begin(
+        self, request: TextRequest, index: int, generated: tuple[int, ...], grammar: Compiled | None
+    ) -> EventStream:
+        sequence = self._sequence(request, index, generated, grammar)
+        if generated and sequence.matcher is not None:
+            await asyncio.to_thread(_follow, sequence.matcher, generated)
+        reason = _end_reached(sequence) if generated else None
+        if reason is not None:
+            return Ended(Finished(index, reason, Usage(sequence.num_prompt, len(generated))))
+        return Choice(index, self._engine.submit(sequence))
+
+    def _sequence(
+        self, request: TextRequest, index: int, generated: tuple[int, ...], grammar: Compiled | None
+    ) -> Sequence:
         """The serial number makes the id unique: two requests may well come with the same id."""
         return Sequence(
             id=f"{request.request_id}/{next(self._serial)}",
             priority=request.priority,
             timeout_s=request.timeout_s,
-            token_ids=list(request.prompt_token_ids),
+            token_ids=[*request.prompt_token_ids, *generated],
             num_prompt=len(request.prompt_token_ids),
             sampling=replace(request.sampling, seed=request.sampling.seed + index),
             cache_salt=request.cache_salt,
@@ -160,7 +178,7 @@ class Choice:
         token_ids = tuple(token_id for update in updates for token_id in update.token_ids)
         if token_ids:
             logprobs = tuple(entry for update in updates for entry in update.logprobs or ())
-            num_cached = None if self._has_begun else self._stream.job.num_cached
+            num_cached = None if self._has_begun else self._num_cached
             self._has_begun = True
             events.append(TokenDelta(self._index, token_ids, logprobs or None, num_cached))
         return events
@@ -170,5 +188,52 @@ class Choice:
         assert reason is not None
         num_sampled = job.num_output + (job.stop_token_id is not None)
         num_rejected = job.num_drafted - job.num_accepted
-        usage = Usage(job.num_prompt, num_sampled, job.num_cached, job.num_accepted, num_rejected)
+        usage = Usage(job.num_prompt, num_sampled, self._num_cached, job.num_accepted, num_rejected)
         return Finished(self._index, reason, usage, job.stop_token_id, job.stop_logprobs)
+
+    @property
+    def _num_cached(self) -> int:
+        """Of the prompt: what was generated elsewhere may be found in the cache too."""
+        return min(self._stream.job.num_cached, self._stream.job.num_prompt)
+
+
+class Ended:
+    """An `EventStream` of a choice that was complete when its replica was lost, which could not say so any more."""
+
+    def __init__(self, finished: Finished):
+        self._events: list[Event] = [finished]
+
+    def __aiter__(self) -> Ended:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if not self._events:
+            raise StopAsyncIteration
+        events, self._events = self._events, []
+        return events
+
+    async def aclose(self) -> None:
+        self._events = []
+
+
+def _generated(request: TextRequest) -> tuple[tuple[int, ...] | None, ...]:
+    """What each choice begins with; None for one that is not to be computed."""
+    generated = request.generated or ((),) * request.n
+    if len(generated) != request.n or all(tokens is None for tokens in generated):
+        raise InvalidRequest(
+            f"generated has {len(generated)} entries and n is {request.n}; give one a choice, and not only None",
+            param="generated",
+        )
+    return generated
+
+
+def _follow(matcher: Matcher, generated: tuple[int, ...]) -> None:
+    for token_id in generated:
+        matcher.accept(token_id)
+
+
+def _end_reached(sequence: Sequence) -> FinishReason | None:
+    """Why a sequence that goes on is complete already, if it is."""
+    if sequence.matcher is not None and sequence.matcher.is_complete:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if sequence.num_output >= sequence.sampling.max_tokens else None

@@ -196,6 +196,7 @@ def _build(
         created=int(time.time()),
         tool_call_parser=options.tool_call_parser,
         reasoning_parser=options.reasoning_parser,
+        is_reproducible=speculation is None or speculation.rejection_sample_method != "standard",
         ranks=() if loading is None else loading.cards(options.block_size),
     )
     log.info(

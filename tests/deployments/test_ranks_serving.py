@@ -52,7 +52,8 @@ def test_two_ranks_give_the_answer_of_one(server, folder):
     assert len(workers(server, "PeerActor")) == 1
 
 
-def test_a_killed_rank_ends_its_stream_with_an_error_and_the_replica_is_replaced(server):
+def test_a_killed_rank_costs_its_stream_a_pause_and_the_replica_is_replaced(server):
+    """Ray may take longer to replace it than a stream waits."""
     before = answer(server)
     (peer,), (driver,) = workers(server, "PeerActor"), workers(server, "ServeReplica:tandem:model-tiny")
     fields = {"model": "tiny", "prompt": "the red fox", "ignore_eos": True, "max_tokens": 4000, "stream": True}
@@ -60,8 +61,8 @@ def test_a_killed_rank_ends_its_stream_with_an_error_and_the_replica_is_replaced
         events = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
         next(events)
         peer.kill()
-        last = [event for event in events if event != "[DONE]"][-1]
-    assert json.loads(last)["error"]["code"] in ("engine_dead", "replica_lost", "unavailable")
+        *_, last, end = events
+    assert end == "[DONE]" or json.loads(end)["error"]["code"] in ("engine_dead", "replica_lost", "unavailable"), last
     eventually(lambda: is_gone(driver), within_s=30)
     eventually(lambda: ask(server).status_code == 200, within_s=120)
     assert answer(server) == before

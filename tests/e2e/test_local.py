@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -79,10 +78,10 @@ def sse(server: Serving, lines: list[str], **fields) -> None:
         lines.append(f"broken {type(error).__name__}")
 
 
-def test_killed_replica_ends_streams_with_an_error_and_comes_back(folder):
+def test_streams_of_the_only_replica_wait_for_it_to_be_started_again(folder):
     with serving(str(folder), "--no-ray", "--threads", "1", "--served-model-name", "tiny") as server:
         lines: list[list[str]] = [[] for _ in range(4)]
-        threads = [threading.Thread(target=sse, args=(server, own), kwargs={"max_tokens": 4000}) for own in lines]
+        threads = [threading.Thread(target=sse, args=(server, own), kwargs={"max_tokens": 200}) for own in lines]
         [replica] = server.children("replica-0-0")
         replica.suspend()  # so that the streams are surely unfinished when it dies
         for thread in threads:
@@ -92,20 +91,11 @@ def test_killed_replica_ends_streams_with_an_error_and_comes_back(folder):
         eventually(lambda: server.metric("tandem_requests_running") >= 1, every_s=0.01)
         replica.kill()
         for thread in threads:
-            thread.join(timeout=20)
+            thread.join(timeout=60)
             assert not thread.is_alive()
-        for own in lines:
-            finished = own and own[-1] == "data: [DONE]"
-            assert finished or json.loads(own[-1][6:])["error"]["code"] in ("replica_lost", "unavailable")
-        eventually(lambda: answered(server), within_s=60)
-
-
-def answered(server: Serving) -> bool:
-    try:
-        return ask(server).usage.completion_tokens == 16
-    except openai.APIStatusError as error:
-        assert error.status_code == 503 and error.response.headers["retry-after"]
-        return False
+        assert [own[-1] for own in lines] == ["data: [DONE]"] * 4
+        assert not any("error" in line for own in lines for line in own)
+        assert server.metric("tandem_failovers_total") >= 1
 
 
 def test_killed_gateway_frees_its_jobs_and_comes_back(folder):

@@ -102,27 +102,6 @@ def test_when_all_are_full_the_soonest_retry_time_is_told():
         assert refused.value.retry_after_s == 3
 
 
-def test_loss_after_the_first_event_is_not_retried():
-    a = FakeBackend(replica_id="a", fail_after=(1, ReplicaLost("gone")))
-    b = FakeBackend(replica_id="b", fail_after=(1, ReplicaLost("gone")))
-
-    @with_pool(a, b)
-    async def _(pool, net):
-        with pytest.raises(ReplicaLost):
-            await read(await pool.submit(request()))
-        assert len(a.requests) + len(b.requests) == 1
-
-
-def test_loss_before_the_first_event_is_retried_once():
-    backends = [FakeBackend(replica_id=name, fail_after=(0, ReplicaLost("gone"))) for name in "abc"]
-
-    @with_pool(*backends)
-    async def _(pool, net):
-        with pytest.raises(ReplicaLost):
-            await read(await pool.submit(request()))
-        assert sum(len(backend.requests) for backend in backends) == 2
-
-
 def test_unknown_model_names_those_that_are_served():
     @with_pool(FakeBackend())
     async def _(pool, net):

@@ -79,6 +79,20 @@ def images_of(events: list[Event]) -> dict[int, np.ndarray]:
     return {event.index: opened(event.data) for event in events if isinstance(event, ImageReady)}
 
 
+def test_images_that_another_replica_has_delivered_are_not_drawn_again():
+    async def test() -> None:
+        setup = Setup()
+        everything = images_of(await setup.read(await setup.backend.submit(request(n=3))))
+        events = await setup.read(await setup.backend.submit(request(n=3, delivered=(1,))))
+        rest = images_of(events)
+        assert rest.keys() == {0, 2} and {event.index for event in events} == {0, 2}
+        assert all(np.array_equal(rest[index], everything[index]) for index in rest)
+        with pytest.raises(InvalidRequest, match="delivered"):
+            await setup.backend.submit(request(n=2, delivered=(0, 1)))
+
+    run(test)
+
+
 def test_one_image_gives_its_progress_previews_file_and_one_finish_with_usage():
     async def test():
         setup = Setup()

@@ -39,14 +39,14 @@ def test_draining_refuses_new_requests_and_lets_the_open_ones_end(address):
     run(test)
 
 
-def test_a_server_that_closes_ends_its_streams_with_replica_lost(address):
+def test_a_server_that_closes_ends_its_streams_with_draining(address):
     async def test() -> None:
         backend = FakeBackend()
         lost = asyncio.Event()
         async with joined(backend, address, on_lost=lost.set) as (server, client):
             stream = await client.submit(request())
             await server.aclose()
-            with pytest.raises(ReplicaLost, match="shutting down"):
+            with pytest.raises(Draining, match="shutting down"):
                 await anext(stream)
             await lost.wait()
             with pytest.raises(ReplicaLost):

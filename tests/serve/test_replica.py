@@ -20,7 +20,7 @@ from tiny_pipelines import save, sd3_pipeline
 
 from serve import replica as replica_module
 from serve.channel import ChannelClient
-from serve.errors import ConfigError, EngineDead, ReplicaLost
+from serve.errors import ConfigError, Draining, EngineDead
 from serve.events import Finished, ImagePreview, ImageReady, TokenDelta
 from serve.hub import Hub, ReplicaEntry
 from serve.options import ModelOptions
@@ -275,7 +275,7 @@ def test_streams_left_at_the_end_are_told(tmp_path):
         async with started(tmp_path, build=fake(FakeBackend())) as (replica, _, client):
             stream = await client.submit(request())
             await replica.aclose()
-            with pytest.raises(ReplicaLost):
+            with pytest.raises(Draining):
                 await anext(stream)
 
     run(test)

@@ -1,0 +1,156 @@
+"""A placed request that outlives its replica: when that is lost, another one goes on where it stopped.
+
+The client's stream makes a pause and goes on with the tokens it would have had: seeds are concrete before the first
+placement, and the sampler is keyed by seed and position. What the channel had delivered counts as generated, what was
+lost on the way is generated again. A replica that drains and does not get done is left in the same way.
+
+A request whose replicas keep dying may be what kills them: after `MAX_LOST` it is given up, with an error of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from serve.backend import EventStream
+from serve.errors import DeadlineExceeded, Draining, EngineDead, Quarantined, ReplicaLost, TandemError
+from serve.events import Event
+from serve.gateway.delivered import Delivered
+from serve.request import Request
+
+log = logging.getLogger(__name__)
+
+MAX_LOST = 2
+"""Replicas that a request may lose."""
+MAX_MOVES = 16
+"""Of one request, deaths and drains: a long answer may well see a rolling update of many replicas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A request at a replica that has accepted it."""
+
+    replica_id: str
+    stream: EventStream
+    leave: Callable[[], None]
+    """Called once when the stream is of no use any more."""
+
+
+class Placer(Protocol):
+    """Who finds replicas (`Pool`)."""
+
+    async def place_again(self, request: Request, lost: list[str], until: float | None) -> Placement:
+        """Wait for a replica to accept, not beyond the loop's time `until`. `lost` takes those that die meanwhile."""
+        ...
+
+    def moved(self, request: Request) -> None: ...
+
+    def gave_up(self, request: Request) -> None: ...
+
+
+class PlacedStream:
+    """An `EventStream` over as many replicas as it takes. One reader."""
+
+    def __init__(
+        self,
+        request: Request,
+        placement: Placement,
+        placer: Placer,
+        delivered: Delivered,
+        lost: list[str],
+        began: float,
+    ) -> None:
+        """`lost`: replicas that have died with the request, `began`: the loop's time when it was submitted."""
+        self._request = request
+        self._placement: Placement | None = placement
+        self._placer = placer
+        self._delivered = delivered
+        self._lost = lost
+        self._until = None if request.timeout_s is None else began + request.timeout_s
+        self._num_moves = 0
+        self._is_closed = False
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        while (placement := self._placement) is not None:
+            try:
+                events = self._delivered.take(await placement.stream.__anext__())
+            except (ReplicaLost, EngineDead, Draining) as loss:
+                if self._is_closed:
+                    break
+                await self._move(placement, loss)
+                continue
+            if events:
+                return events
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel what is unfinished. A move under way ends by the reader's cancellation, or with nothing to read."""
+        placement, self._placement = self._placement, None
+        self._is_closed = True
+        if placement is not None:
+            await _leave(placement)
+
+    async def _move(self, placement: Placement, loss: TandemError) -> None:
+        """Go on elsewhere. Raises what the client is to read when that cannot be; `_placement` is then None."""
+        loop, self._placement = asyncio.get_running_loop(), None
+        began = loop.time()
+        await _leave(placement)
+        if self._delivered.is_complete:
+            return
+        if not isinstance(loss, Draining):
+            self._lost.append(placement.replica_id)
+        require_innocent(self._request, self._lost, self._placer)
+        if self._num_moves == MAX_MOVES:
+            raise loss
+        if not self._delivered.is_exact:
+            raise ReplicaLost(
+                f"{loss.message} (its tokens depended on drafts rejected by chance, so no other replica can go on with "
+                f"the same ones; rejection_sample_method: coupled would)"
+            ) from None
+        self._num_moves += 1
+        new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until)
+        log.warning(
+            "request moved id=%s from=%s to=%s loss=%s pause_s=%.3f",
+            *(self._request.request_id, placement.replica_id, new.replica_id, loss.code, loop.time() - began),
+        )
+        self._placer.moved(self._request)
+        if self._is_closed:
+            await _leave(new)
+        else:
+            self._placement = new
+
+
+def require_innocent(request: Request, lost: list[str], placer: Placer) -> None:
+    """Raise Quarantined when the request has lost as many replicas as it may."""
+    if len(lost) < MAX_LOST:
+        return
+    placer.gave_up(request)
+    log.error("request quarantined id=%s lost=%s", request.request_id, ",".join(lost))
+    raise Quarantined(
+        f"{len(lost)} replicas of {request.model} were lost while they computed this request, which may be the cause; "
+        f"it is not tried on another one. Tell the operator its id, {request.request_id!r}"
+    )
+
+
+def shortened(request: Request, until: float | None, now: float) -> Request:
+    """With what is left of its time. Raises DeadlineExceeded."""
+    if until is None:
+        return request
+    if until <= now:
+        raise DeadlineExceeded(
+            f"the request's deadline of {request.timeout_s:g} s passed after its replica was lost; allow more time"
+        )
+    return replace(request, timeout_s=until - now)
+
+
+async def _leave(placement: Placement) -> None:
+    try:
+        await placement.stream.aclose()
+    finally:
+        placement.leave()
