@@ -118,6 +118,8 @@ class TextRequest:
     """From acceptance to the last token; None: no deadline."""
     cache_salt: str = ""
     """Prefixes are shared only between requests of equal salt (the tenant)."""
+    session: str = ""
+    """Requests of one session go to one replica where nothing else decides. Empty: it belongs to none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +150,8 @@ class ImageRequest:
     priority: int = 0
     timeout_s: float | None = None
     """From acceptance to the last image; None: no deadline."""
+    session: str = ""
+    """As of a text request."""
 
 
 Request = TextRequest | ImageRequest

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from serve.backend import Backend, EventStream, Load
+from serve.backend import Backend, EventStream
 from serve.errors import (
     ConfigError,
     Draining,
@@ -28,6 +28,7 @@ from serve.errors import (
 )
 from serve.events import Event
 from serve.gateway.routing import Candidate, Router
+from serve.prefix_view import PrefixView
 from serve.request import ModelCard, Request
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry
@@ -48,6 +49,16 @@ class Remote(Backend, Protocol):
 
     @property
     def is_alive(self) -> bool: ...
+
+    @property
+    def prefixes(self) -> PrefixView:
+        """Which prefixes it has cached."""
+        ...
+
+    @property
+    def unreported(self) -> Collection[str]:
+        """Ids of the requests that its load does not count yet."""
+        ...
 
 
 Connect = Callable[[ReplicaEntry, Callable[[], None]], Awaitable[Remote]]
@@ -149,23 +160,25 @@ class Pool:
             self._drop(member, now=True)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _place(self, request: Request) -> tuple[_Member, EventStream]:
+    async def _place(self, request: Request, left: _Member | None = None) -> tuple[_Member, EventStream]:
+        """`left`: the replica that has just failed it, and is the last to be tried."""
         able = {
             member.entry.replica_id: member
             for member in self._members.values()
             if member.entry.model == request.model and _is_up(member)
         }
         refusals: list[TandemError] = []
-        for candidate in self._router.rank(request, [_candidate(member) for member in able.values()]) if able else ():
-            member = able[candidate.replica_id]
+        placements = self._router.rank(request, _candidates(able.values()))
+        for placement in sorted(placements, key=lambda placement: able[placement.replica_id] is left):
+            member = able[placement.replica_id]
             if member.remote is None:
                 continue  # lost while another one refused
+            self._router.record(request, placement)
             try:
                 stream = await member.remote.submit(request)
             except _ELSEWHERE as refusal:
                 refusals.append(refusal)
                 continue
-            self._router.record(request, candidate.replica_id)
             return member, stream
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
@@ -282,10 +295,10 @@ class _Stream:
             self._leave()
 
     async def _move(self) -> None:
-        self._may_move = False
+        self._may_move, left = False, self._member
         await self._stream.aclose()
         self._leave()
-        self._member, self._stream = await self._pool._place(self._request)
+        self._member, self._stream = await self._pool._place(self._request, left)
         self._member.num_open += 1
 
     def _leave(self) -> None:
@@ -298,9 +311,12 @@ def _is_up(member: _Member) -> bool:
     return member.remote is not None and member.remote.is_alive
 
 
-def _candidate(member: _Member) -> Candidate:
-    load = member.remote.load() if member.remote is not None else None
-    return Candidate(member.entry.replica_id, load or Load(), member.num_open)
+def _candidates(members: Iterable[_Member]) -> list[Candidate]:
+    return [
+        Candidate(member.entry.replica_id, member.remote.load(), member.remote.prefixes, member.remote.unreported)
+        for member in members
+        if member.remote is not None
+    ]
 
 
 def _names(cards: Sequence[ModelCard]) -> str:
