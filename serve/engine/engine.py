@@ -133,7 +133,7 @@ class Engine(Generic[J, B, O]):
 
     def load(self) -> Load:
         """As of the last step; what came in since counts as waiting."""
-        return self._meter.load(self._inbox.qsize())
+        return self._meter.load()
 
     def check_health(self) -> None:
         """Raise `EngineDead` when the engine has died, or when a step takes so long that it will not come back."""

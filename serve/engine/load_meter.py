@@ -25,23 +25,21 @@ class LoadMeter:
         """Those of them that the next `count` does."""
         self._lock = threading.Lock()
 
-    def load(self, num_unread: int) -> Load:
+    def load(self) -> Load:
         """As of the last step; what came in since counts as waiting, and its cost as backlog."""
         with self._lock:
-            load, arriving_s = self._load, sum(self._arriving.values())
-        return replace(load, waiting=load.waiting + num_unread, backlog_s=load.backlog_s + arriving_s)
+            load, costs = self._load, [*self._arriving.values()]
+        return replace(load, waiting=load.waiting + len(costs), backlog_s=load.backlog_s + sum(costs))
 
     def arrive(self, job: Job) -> None:
         """Accepted; the scheduler hears of it at the next step."""
-        if self._pace is not None:
-            cost_s = self._pace.cost_s(job)
-            with self._lock:
-                self._arriving[job.id] = cost_s
+        cost_s = 0.0 if self._pace is None else self._pace.cost_s(job)
+        with self._lock:
+            self._arriving[job.id] = cost_s
 
     def admit(self, job: Job) -> None:
         """The scheduler has it."""
-        if self._pace is not None:
-            self._admitted.append(job.id)
+        self._admitted.append(job.id)
 
     def on_step(self, batch: object, launched: float, now: float) -> None:
         """A batch was settled. It had the device since it was launched, or since the one before it was settled."""
