@@ -29,6 +29,7 @@ from serve.engine.job import Job, Status
 from serve.engine.stream import Stream
 from serve.request import SamplingParams
 from serve.text.kv_cache import KVCache
+from serve.text.pace import TextPace
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput
 
@@ -108,7 +109,7 @@ def text_engine(num_jobs: int) -> tuple[Engine[Any, Any, Any], list[Job]]:
     )
     sampling = SamplingParams(max_tokens=MAX_TOKENS)
     jobs = [Sequence(id=str(i), token_ids=[i % 100] * 8, num_prompt=8, sampling=sampling) for i in range(num_jobs)]
-    return Engine(scheduler, IdleRunner(answer)), list(jobs)
+    return Engine(scheduler, IdleRunner(answer), pace=TextPace(scheduler)), list(jobs)
 
 
 async def measure(

@@ -24,6 +24,16 @@ class Load:
     """Work not yet started, in token positions (a denoise step counts its latent tokens)."""
     memory: float = 0.0
     """Share of the cache memory held by unfinished work, 0..1."""
+    tokens_owed: int = 0
+    """Work accepted and not computed, as far as it is known: prompt positions to prefill, those that the prefix cache
+    has left out; latent tokens of all denoise steps left."""
+    backlog_s: float = 0.0
+    """Predicted: by how much longer a newcomer takes here than it would alone. This and what follows come from the
+    engine's `Pace`, 0 without one."""
+    unit_s: float = 0.0
+    """Predicted seconds for a unit of a newcomer's own work: a prompt position; a pixel of a row of a denoise step."""
+    job_s: float = 0.0
+    """Predicted seconds that a newcomer adds to `backlog_s` beside that work."""
 
 
 class EventStream(Protocol):

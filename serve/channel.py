@@ -15,13 +15,14 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from serve import wire
 from serve.backend import EventStream, Load
 from serve.connection import Connection, connect
 from serve.errors import Draining, InvalidRequest, ReplicaLost, TandemError, Unavailable
 from serve.events import Event
+from serve.prefix_view import PrefixView
 from serve.request import ModelCard, Request
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ WELCOME_S = 10.0
 PURPOSE = "channel"
 TO_SERVER: frozenset[type[wire.Frame]] = frozenset({wire.Hello, wire.Submit, wire.Cancel, wire.Credit})
 TO_CLIENT: frozenset[type[wire.Frame]] = frozenset(
-    {wire.Welcome, wire.Accepted, wire.Refused, wire.Step, wire.LoadReport, wire.Drain}
+    {wire.Welcome, wire.Accepted, wire.Refused, wire.Step, wire.LoadReport, wire.PrefixReport, wire.Drain}
 )
 
 
@@ -60,9 +61,10 @@ class ChannelClient:
         self._streams: dict[int, _Incoming] = {}
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._taken: dict[int, int] = {}
+        self.prefixes = PrefixView()
         self._load = Load()
-        self._num_unreported = 0
-        """Requests sent since the last load report: they count as waiting until the replica says otherwise."""
+        self._unreported: dict[int, str] = {}
+        """Stream → request id, of those that the last load report does not count."""
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,8 +111,8 @@ class ChannelClient:
         self._streams[stream.number] = stream
         self._idle.clear()
         try:
+            self._unreported[stream.number] = request.request_id
             self._send(stream, request)
-            self._num_unreported += 1
             await stream.accepted
         except BaseException:
             await stream.aclose()
@@ -118,9 +120,13 @@ class ChannelClient:
         return stream
 
     def load(self) -> Load:
-        """The replica's last report, with what was sent there since counted as waiting."""
-        load = self._load
-        return Load(load.running, load.waiting + self._num_unreported, load.tokens_waiting, load.memory)
+        """The replica's last report; it does not count `unreported`."""
+        return self._load
+
+    @property
+    def unreported(self) -> Collection[str]:
+        """Ids of the requests sent since the last report."""
+        return self._unreported.values()
 
     async def check_health(self) -> None:
         """Raise ReplicaLost when the connection has ended."""
@@ -145,7 +151,10 @@ class ChannelClient:
         if isinstance(frame, wire.Step):
             self._step(frame)
         elif isinstance(frame, wire.LoadReport):
-            self._load, self._num_unreported = frame.load, 0
+            self._load = frame.load
+            self._unreported = {number: id for number, id in self._unreported.items() if number > frame.newest}
+        elif isinstance(frame, wire.PrefixReport):
+            self._learn(frame)
         elif isinstance(frame, wire.Accepted):
             if (stream := self._streams.get(frame.stream)) is not None:
                 stream.accept()
@@ -208,7 +217,18 @@ class ChannelClient:
         if (stream := self._forget(number)) is not None:
             stream.end(error)
 
+    def _learn(self, report: wire.PrefixReport) -> None:
+        if report.block_size < 1:
+            raise wire.Malformed(f"block_size is {report.block_size}")
+        try:
+            self.prefixes.change(
+                report.block_size, is_whole=report.is_whole, added=report.added, removed=report.removed
+            )
+        except ValueError as error:
+            raise wire.Malformed(f"PrefixReport: {error}") from None
+
     def _forget(self, number: int) -> _Incoming | None:
+        self._unreported.pop(number, None)
         stream = self._streams.pop(number, None)
         if not self._streams:
             self._idle.set()

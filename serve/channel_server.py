@@ -24,18 +24,29 @@ from serve.errors import Draining, ReplicaLost, RequestFailed, TandemError
 from serve.events import Event
 from serve.listener import Listener
 from serve.request import Request
+from serve.text.prefix_digest import PrefixDigest
 
 log = logging.getLogger(__name__)
 
-LOAD_PERIOD_S = 0.25
-"""The longest time between a change of load and its report; otherwise a report rides on a step's write."""
+LOAD_PERIOD_S = 0.1
+"""Between two reports of a load that changes; until then gateways add their own estimate of what they have sent."""
 
 
 class ChannelServer:
     """Offers one backend to gateways."""
 
-    def __init__(self, backend: Backend, bundle: dict[str, bytes], *, secret: bytes, replica_id: str):
+    def __init__(
+        self,
+        backend: Backend,
+        bundle: dict[str, bytes],
+        *,
+        secret: bytes,
+        replica_id: str,
+        digest: PrefixDigest | None = None,
+    ):
+        """`digest`: of the prefixes that the backend has cached, to be told to gateways."""
         self.backend = backend
+        self.digest = digest
         self.bundle = bundle
         self.replica_id = replica_id
         self.is_draining = False
@@ -92,6 +103,7 @@ class ChannelServer:
         while True:
             await asyncio.sleep(LOAD_PERIOD_S)
             for session in self.sessions.values():
+                session.is_report_due = True
                 session.connection.schedule()
 
 
@@ -119,7 +131,12 @@ class _Session:
         self._events: dict[int, list[Event]] = {}
         self._ended: list[int] = []
         self._failed: list[tuple[int, wire.Failure]] = []
+        self.is_report_due = True
         self._reported: Load | None = None
+        self._newest = 0
+        """The highest number of a stream so far."""
+        self._told: int | None = None
+        """The state of the digest that this gateway knows."""
 
     def received(self, frame: wire.Frame) -> None:
         if isinstance(frame, wire.Hello):
@@ -141,6 +158,7 @@ class _Session:
         """Start answering. Raises Malformed when the stream exists."""
         if stream in self.streams:
             raise wire.Malformed(f"stream {stream} is opened twice")
+        self._newest = max(self._newest, stream)
         outgoing = self.streams[stream] = _Outgoing()
         outgoing.task = asyncio.create_task(self._answer(stream, outgoing, request))
         outgoing.task.add_done_callback(lambda _: self.streams.pop(stream, None))
@@ -161,9 +179,9 @@ class _Session:
             except wire.FrameTooLarge:
                 yield from self._one_by_one(events)
                 yield wire.encode(wire.Step([], ended, failed))
-        if self._gateway_id and (load := self._server.backend.load()) != self._reported:
-            self._reported = load
-            yield wire.encode(wire.LoadReport(load))
+        if self._gateway_id and self.is_report_due:
+            self.is_report_due = False
+            yield from self._report()
 
     def writable(self) -> None:
         for outgoing in self.streams.values():
@@ -182,6 +200,17 @@ class _Session:
         for stream, outgoing in self.streams.items():
             self.fail(stream, Draining(f"replica {self._server.replica_id!r} is shutting down"))
             outgoing.task.cancel()
+
+    def _report(self) -> Iterable[bytes]:
+        """What has changed of load and cached prefixes."""
+        load = self._server.backend.load()
+        if load != self._reported:
+            self._reported = load
+            yield wire.encode(wire.LoadReport(load, self._newest))
+        digest = self._server.digest
+        if digest is not None and (change := digest.since(self._told)) is not None:
+            self._told = change.mark
+            yield wire.encode(wire.PrefixReport(digest.block_size, change.is_whole, change.added, change.removed))
 
     def _one_by_one(self, events: list[tuple[int, list[Event]]]) -> Iterable[bytes]:
         """A frame a stream. What alone exceeds a frame fails its stream: no request should ask for that much."""

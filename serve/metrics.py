@@ -133,6 +133,7 @@ METRICS: dict[str, Metric] = {
         _replica("tandem_requests_running", "gauge", "Jobs in the running batch."),
         _replica("tandem_requests_waiting", "gauge", "Accepted jobs that wait for their first or next step."),
         _replica("tandem_waiting_tokens", "gauge", "Work not yet started, in token positions."),
+        _replica("tandem_predicted_backlog_seconds", "gauge", "How much longer than alone a newcomer takes here."),
         _replica(
             "tandem_jobs_total", "counter", "Jobs that ended in the engine, by reason.",
             labels={"model": None, "reason": tuple(reason.value for reason in FinishReason)},
@@ -148,9 +149,7 @@ METRICS: dict[str, Metric] = {
         _replica("tandem_step_seconds", "histogram", "An engine step, from submit to settled.", LATENCY_S),
         _replica("tandem_step_jobs", "histogram", "Jobs in a step: the batch size.", JOBS),
         _replica("tandem_step_tokens", "histogram", "Token positions computed in a step.", TOKENS),
-        _replica(
-            "tandem_image_step_seconds", "histogram", "An engine step over images, by stage.", LATENCY_S, STAGE
-        ),
+        _replica("tandem_image_step_seconds", "histogram", "An engine step over images, by stage.", LATENCY_S, STAGE),
         _replica(
             "tandem_image_step_rows", "histogram", "Texts, latents to denoise (two when guided) or decode.", JOBS, STAGE
         ),

@@ -28,6 +28,7 @@ from serve.options import ModelOptions
 from serve.ranks.launch import Launcher
 from serve.request import ModelCard
 from serve.text.draft_length import AdaptiveLength
+from serve.text.prefix_digest import PrefixDigest
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Served:
 
     backend: Backend
     bundle: dict[str, bytes]
+    digest: PrefixDigest | None = None
+    """Of cached prefixes, where there are any."""
 
 
 def build(
@@ -95,7 +98,7 @@ def _build_text(
     observer.follow("tandem_kv_cache_usage_ratio", lambda: backend.load().memory)
     if isinstance(scheduler.draft_length, AdaptiveLength):
         follow_speculation(observer, scheduler.draft_length)
-    return Served(backend, bundle.files)
+    return Served(backend, bundle.files, scheduler.kv_cache.digest)
 
 
 def follow_speculation(observer: EngineObserver, length: AdaptiveLength) -> None:
@@ -188,8 +191,11 @@ class Replica:
         observer.follow("tandem_requests_running", lambda: backend.load().running)
         observer.follow("tandem_requests_waiting", lambda: backend.load().waiting)
         observer.follow("tandem_waiting_tokens", lambda: backend.load().tokens_waiting)
+        observer.follow("tandem_predicted_backlog_seconds", lambda: backend.load().backlog_s)
         recorder.describe(backend.card)
-        self.server = ChannelServer(backend, served.bundle, secret=self._secret, replica_id=self._replica_id)
+        self.server = ChannelServer(
+            backend, served.bundle, secret=self._secret, replica_id=self._replica_id, digest=served.digest
+        )
         address = await self.server.start(self._address)
         self._hub = await HubClient.connect(
             self._hub_address, secret=self._secret, process=self._replica_id, recorder=recorder

@@ -121,6 +121,8 @@ class TextRequest:
     generated: tuple[tuple[int, ...] | None, ...] = ()
     """Not empty: the request goes on where another replica left it. Per choice the tokens it has given so far, which
     are not given again; None: the choice has ended. `prompt_logprobs` is then None unless nothing has been given."""
+    session: str = ""
+    """Requests of one session go to one replica where nothing else decides. Empty: it belongs to none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +155,8 @@ class ImageRequest:
     """From acceptance to the last image; None: no deadline."""
     delivered: tuple[int, ...] = ()
     """Images that another replica has finished, by index: they are not drawn again."""
+    session: str = ""
+    """As of a text request."""
 
 
 Request = TextRequest | ImageRequest

@@ -188,9 +188,22 @@ class Credit(Frame, frozen=True):
 
 
 class LoadReport(Frame, frozen=True):
-    """Replica → gateway, on change and a few times a second."""
+    """Replica → gateway, when it has changed, ten times a second."""
 
     load: Load
+    newest: int
+    """The highest stream number that it counts, of this gateway's."""
+
+
+class PrefixReport(Frame, frozen=True):
+    """Replica → gateway, with a load report: how its digest of cached prefixes has changed."""
+
+    block_size: int
+    is_whole: bool
+    """`added` is all there is."""
+    added: bytes
+    removed: bytes
+    """Keys of 8 bytes, end to end."""
 
 
 class Drain(Frame, frozen=True):
@@ -236,7 +249,7 @@ class Exposition(Frame, frozen=True):
 
 
 FRAMES: tuple[type[Frame], ...] = (
-    Ping, Hello, Welcome, Submit, Accepted, Refused, Step, Cancel, Credit, LoadReport, Drain,
+    Ping, Hello, Welcome, Submit, Accepted, Refused, Step, Cancel, Credit, LoadReport, PrefixReport, Drain,
     Join, Push, Register, Entries, Scrape, Exposition,
 )  # fmt: skip
 """A frame's kind is its place here."""

@@ -25,6 +25,7 @@ from serve.gateway.drain import Drain
 from serve.gateway.pool import Pool
 from serve.metrics import Recorder, render
 from serve.options import GatewayOptions
+from serve.prefix_view import PrefixView
 from serve.request import ModelCard, Request, TextRequest
 from serve.wire import ReplicaEntry
 
@@ -106,6 +107,8 @@ class FakeBackend:
     open: set[FakeStream] = field(default_factory=set)
     num_cancelled: int = 0
     num_closed: int = 0
+    prefixes: PrefixView = field(default_factory=PrefixView)
+    unreported: Sequence[str] = ()
 
     @property
     def bundle(self) -> dict[str, bytes]:
@@ -124,7 +127,7 @@ class FakeBackend:
         return stream
 
     def load(self) -> Load:
-        return Load(running=len(self.open))
+        return Load(running=len(self.open), backlog_s=float(len(self.open)), job_s=1.0)
 
     async def check_health(self) -> None: ...
 

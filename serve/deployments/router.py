@@ -1,7 +1,7 @@
 """Where Ray Serve sends a request: to the replica whose channel already waits for it.
 
-The gateway's pool has chosen by load and cached prefix (`serve/gateway/routing.py`), with load reports a few hundred
-milliseconds old at most. Serve's router only follows.
+The gateway's pool has chosen by load and cached prefix (`serve/gateway/routing.py`), with load reports a tenth of
+a second old and its own estimate of what it has sent since. Serve's router only follows.
 """
 
 from __future__ import annotations

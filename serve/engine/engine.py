@@ -24,15 +24,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from serve.backend import Load
 from serve.engine.door import Door
-from serve.engine.interface import B, DeviceFault, J, Observer, Runner, Scheduler, StepStats
+from serve.engine.interface import B, DeviceFault, J, Observer, Pace, Runner, Scheduler, StepStats
 from serve.engine.job import Job, Status
+from serve.engine.load_meter import LoadMeter
 from serve.engine.stream import Outbox, Stream
 from serve.engine.waiting import WaitingQueue
 from serve.errors import DeadlineExceeded, Draining, EngineDead, InvalidRequest, RequestFailed, TandemError
@@ -70,6 +71,7 @@ class Engine(Generic[J, B, O]):
         max_waiting: int = 1024,
         step_timeout_s: float = 300.0,
         observer: Observer | None = None,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_death: Callable[[BaseException], None] | None = None,
         idle_work: Callable[[], bool] | None = None,
@@ -94,7 +96,7 @@ class Engine(Generic[J, B, O]):
         self._in_flight: deque[Flight[J, B]] = deque()
         self._suspects: dict[str, J] = {}
         self._outbox = Outbox()
-        self._load = Load()
+        self._meter = LoadMeter(pace)
 
         self._thread: threading.Thread | None = None
         self._step_started: float | None = None
@@ -116,6 +118,7 @@ class Engine(Generic[J, B, O]):
             job.arrival = self._clock()
             self._door.enter(job.id, job.arrival)
             self._streams[job.id] = stream
+            self._meter.arrive(job)
             self._inbox.put(partial(self._admit, job))
         return stream
 
@@ -130,7 +133,7 @@ class Engine(Generic[J, B, O]):
 
     def load(self) -> Load:
         """As of the last step; what came in since counts as waiting."""
-        return replace(self._load, waiting=self._load.waiting + self._inbox.qsize())
+        return self._meter.load()
 
     def check_health(self) -> None:
         """Raise `EngineDead` when the engine has died, or when a step takes so long that it will not come back."""
@@ -181,7 +184,7 @@ class Engine(Generic[J, B, O]):
             if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
                 self._settle(self._in_flight.popleft())
             self._outbox.flush()
-            self._load = self._scheduler.load()
+            self._meter.count(self._scheduler.load())
             return not is_idle
         except Exception as error:
             self._die(error)
@@ -266,6 +269,7 @@ class Engine(Generic[J, B, O]):
 
     def _publish(self, flight: Flight[J, B], output: O) -> None:
         now = self._clock()
+        self._meter.on_step(flight.batch, flight.launched, now)
         for update in self._scheduler.update(flight.batch, output):
             job = update.job
             if update.output is not None:
@@ -316,6 +320,7 @@ class Engine(Generic[J, B, O]):
 
     def _admit(self, job: J) -> None:
         self._scheduler.add(job)
+        self._meter.admit(job)
         if job.timeout_s is not None:
             self._deadlines.add(job)
 
@@ -347,6 +352,7 @@ class Engine(Generic[J, B, O]):
         job.finish_reason = reason
         job.finished = self._clock()
         self._outbox.end(self._streams.pop(job.id), reason, error)
+        self._meter.on_finish(job)
         if self._observer is not None:
             self._tell(self._observer.on_finish, job)
 

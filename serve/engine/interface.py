@@ -154,6 +154,27 @@ class StepStats:
     num_rows: int = 0
 
 
+class Pace(Protocol):
+    """Measures how fast the engine is and predicts from that what a load means in seconds. Told on the engine's thread,
+    asked (`cost_s`) on any; must be quick."""
+
+    def on_step(self, batch: Any, step_s: float) -> None:
+        """A batch was settled, and kept the device for `step_s`: time behind an earlier batch is not counted."""
+        ...
+
+    def on_finish(self, job: Any) -> None:
+        """A job ended, whatever its `finish_reason`."""
+        ...
+
+    def cost_s(self, job: Any) -> float:
+        """What a job that the scheduler has not seen yet will add to the backlog."""
+        ...
+
+    def predict(self, load: Load) -> Load:
+        """The scheduler's load with the predictions filled in."""
+        ...
+
+
 class Observer(Protocol):
     """Receives what happened, on the engine thread. Must be quick; its failure never fails a job. States, as the load,
     are not told but asked for (`Engine.load`)."""

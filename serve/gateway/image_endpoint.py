@@ -72,6 +72,7 @@ def plan(body: Any, card: ModelCard, timeout_s: float) -> ImageRequest:
         output_compression=body.output_compression if body.output_compression is not None else 100,
         priority=-(body.priority or 0),
         timeout_s=timeout_s,
+        session=body.user or "",
     )
 
 

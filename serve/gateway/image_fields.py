@@ -108,7 +108,7 @@ IMAGE_FIELDS = (
         by="tandem",
     ),
     # Accepted: no effect on the answer, by their own definition
-    _accepted("user", v.Text(1024) | None, "An identifier of the caller's.", "u-1"),
+    _accepted("user", v.Text(1024) | None, "Of equal replicas a user keeps to one.", "u-1"),
     _accepted("safety_identifier", v.Text(1024) | None, "An identifier of the caller's.", "u-1"),
     _accepted("moderation", v.Moderation | None, "Nothing is moderated here.", "low"),
     # Refused

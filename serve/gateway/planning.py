@@ -91,6 +91,7 @@ def plan(
                 priority=-(body.priority or 0),
                 timeout_s=caller.timeout_s,
                 cache_salt=_salt(caller.context.tenant, body.cache_salt),
+                session=_session(body),
             )
             parts.append(Part(request, number, tuple(Choice(index, tokenizer, options) for index in indices)))
     return parts
@@ -157,6 +158,11 @@ def _value(body: Any, name: str, defaults: Mapping[str, Any]) -> float:
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not least <= found <= most:
         return fallback
     return float(found)
+
+
+def _session(body: Any) -> str:
+    """What the caller says belongs together, the narrowest first."""
+    return body.session_id or getattr(body, "prompt_cache_key", None) or body.user or ""
 
 
 def _salt(tenant: str, cache_salt: str | None) -> str:

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from serve.backend import Backend, EventStream, Load
+from serve.backend import Backend, EventStream
 from serve.errors import (
     ConfigError,
     Draining,
@@ -32,6 +32,7 @@ from serve.gateway.delivered import delivered
 from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.routing import Candidate, Router
 from serve.metrics import Recorder
+from serve.prefix_view import PrefixView
 from serve.request import ModelCard, Request
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry
@@ -57,6 +58,16 @@ class Remote(Backend, Protocol):
 
     @property
     def is_alive(self) -> bool: ...
+
+    @property
+    def prefixes(self) -> PrefixView:
+        """Which prefixes it has cached."""
+        ...
+
+    @property
+    def unreported(self) -> Collection[str]:
+        """Ids of the requests that its load does not count yet."""
+        ...
 
 
 Connect = Callable[[ReplicaEntry, Callable[[], None]], Awaitable[Remote]]
@@ -208,23 +219,24 @@ class Pool:
             if member.entry.model == request.model and _is_up(member)
         }
         refusals: list[TandemError] = []
-        ranked = self._router.rank(request, [_candidate(member) for member in able.values()]) if able else []
-        for candidate in sorted(ranked, key=lambda candidate: candidate.replica_id in lost):
-            member = able[candidate.replica_id]
+        ranked = self._router.rank(request, _candidates(able.values()))
+        for prediction in sorted(ranked, key=lambda prediction: prediction.replica_id in lost):
+            replica_id = prediction.replica_id
+            member = able[replica_id]
             if member.remote is None:
                 continue  # lost while another one refused
+            self._router.record(request, prediction)
             try:
                 stream = await member.remote.submit(request)
             except _ELSEWHERE as refusal:
                 refusals.append(refusal)
                 has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
-                if has_died and candidate.replica_id not in lost:  # or it is the death that is known already
-                    lost.append(candidate.replica_id)
+                if has_died and replica_id not in lost:  # or it is the death that is known already
+                    lost.append(replica_id)
                     require_innocent(request, lost, self)
                 continue
-            self._router.record(request, candidate.replica_id)
             member.num_open += 1
-            return Placement(candidate.replica_id, stream, partial(self._ended, member))
+            return Placement(replica_id, stream, partial(self._ended, member))
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
             raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
@@ -312,9 +324,12 @@ def _is_up(member: _Member) -> bool:
     return member.remote is not None and member.remote.is_alive
 
 
-def _candidate(member: _Member) -> Candidate:
-    load = member.remote.load() if member.remote is not None else None
-    return Candidate(member.entry.replica_id, load or Load(), member.num_open)
+def _candidates(members: Iterable[_Member]) -> list[Candidate]:
+    return [
+        Candidate(member.entry.replica_id, member.remote.load(), member.remote.prefixes, member.remote.unreported)
+        for member in members
+        if member.remote is not None
+    ]
 
 
 def _names(cards: Sequence[ModelCard]) -> str:

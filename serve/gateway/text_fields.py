@@ -294,13 +294,15 @@ TEXT_FIELDS = (
         by="tandem",
     ),
     # Accepted: no effect on the answer, by their own definition
-    _accepted("user", v.Text(1024) | None, "An identifier of the caller's.", "u-1"),
+    _accepted("user", v.Text(1024) | None, "Of equal replicas a user keeps to one.", "u-1"),
     _accepted("safety_identifier", v.Text(1024) | None, "An identifier of the caller's.", "u-1", on=(CHAT,)),
-    _accepted("session_id", v.Text(1024) | None, "An identifier of the caller's.", "s-1", by="vllm"),
+    _accepted("session_id", v.Text(1024) | None, "Of equal replicas a session keeps to one.", "s-1", by="vllm"),
     _accepted("metadata", v.Metadata | None, "The caller's own notes.", {"team": "a"}, on=(CHAT,)),
     _accepted("store", bool | None, "Nothing is stored.", True, on=(CHAT,)),
     _accepted("service_tier", v.Text(64) | None, "There is one tier.", "auto", on=(CHAT,)),
-    _accepted("prompt_cache_key", v.Text(1024) | None, "Prefixes are found by content.", "k", on=(CHAT,)),
+    _accepted(
+        "prompt_cache_key", v.Text(1024) | None, "Prefixes are found by content; else as session_id.", "k", on=(CHAT,)
+    ),
     _accepted("prompt_cache_retention", v.Text(64) | None, "Prefixes stay while there is room.", "24h", on=(CHAT,)),
     _accepted(
         "prompt_cache_options", v.Opaque | None, "Prefixes are found by content.", {"mode": "implicit"}, on=(CHAT,)

@@ -23,6 +23,7 @@ from serve.engine.interface import DeviceFault, Observer, Runner
 from serve.errors import ConfigError
 from serve.image.backend import ImageBackend
 from serve.image.limits import Limits
+from serve.image.pace import ImagePace
 from serve.image.runner import ImageRunner
 from serve.image.scheduler import ImageScheduler
 from serve.image.solo import SoloRunner
@@ -175,6 +176,7 @@ def _engine(
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
         observer=observer,
+        pace=ImagePace(scheduler.num_tokens),
         on_death=on_death,
     )
     return engine, is_batched, limits

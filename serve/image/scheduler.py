@@ -59,11 +59,13 @@ class ImageScheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
 
         self._limits = limits
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
         self._waiting: WaitingQueue[Trajectory] = WaitingQueue(policy)
         self._running: dict[Trajectory, None] = {}
         """Longest not served first; those of one step in their order before it, so that who leads changes."""
         self._num_tokens_waiting = 0
+        self._num_tokens_owed = 0
+        """Latent tokens of all denoise steps that are not settled."""
 
         self._number = 0
         """Of the next batch."""
@@ -78,8 +80,9 @@ class ImageScheduler:
 
     def add(self, job: Trajectory) -> None:
         job.operations = plan_operations(job.num_steps, job.num_previews)
-        job.num_tokens = self._num_tokens(job.width, job.height)
+        job.num_tokens = self.num_tokens(job.width, job.height)
         self._num_tokens_waiting += job.num_tokens_to_compute
+        self._num_tokens_owed += job.num_tokens_owed
         self._waiting.add(job)
 
     def remove(self, job: Trajectory) -> None:
@@ -87,6 +90,7 @@ class ImageScheduler:
             self._release(job)
         elif self._waiting.remove(job):
             self._num_tokens_waiting -= job.num_tokens_to_compute
+            self._num_tokens_owed -= job.num_tokens_owed
             job.epoch += 1
 
     def load(self) -> Load:
@@ -95,6 +99,7 @@ class ImageScheduler:
             waiting=len(self._waiting),
             tokens_waiting=self._num_tokens_waiting,
             memory=min(1.0, self._num_taken / self.max_num_images),
+            tokens_owed=self._num_tokens_owed,
         )
 
     # -- the next step ---------------------------------------------------------------------------------------------
@@ -142,6 +147,7 @@ class ImageScheduler:
     def _release(self, job: Trajectory) -> None:
         """Take a running trajectory's slot away. What is in flight for it is stale from now on."""
         del self._running[job]
+        self._num_tokens_owed -= job.num_tokens_owed
         job.epoch += 1
         if job.last_step > self._settled:
             self._leaving[job.last_step] = self._leaving.get(job.last_step, 0) + 1
@@ -158,6 +164,7 @@ class ImageScheduler:
             if batch.kind is Stage.ENCODE:
                 job.num_prompt_tokens = output.num_prompt_tokens[i]
             elif batch.kind is Stage.DENOISE:
+                self._num_tokens_owed -= job.num_rows * job.num_tokens
                 updates.append(Update(job, TrajectoryUpdate(row.step + 1)))
             else:
                 finish = None if row.is_preview else FinishReason.STOP

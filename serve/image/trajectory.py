@@ -75,6 +75,13 @@ class Trajectory(Job):
         """Latent tokens of all its denoise steps."""
         return self.num_steps * self.num_rows * self.num_tokens
 
+    @property
+    def num_tokens_owed(self) -> int:
+        """Those of the denoise steps that are not settled."""
+        if self.num_done == len(self.operations):
+            return 0
+        return (self.num_steps - self.operations[self.num_done].step) * self.num_rows * self.num_tokens
+
 
 def plan_operations(num_steps: int, num_previews: int) -> tuple[Operation, ...]:
     """All a trajectory will do, previews spread evenly. There are fewer previews than wanted when steps are few."""

@@ -51,6 +51,8 @@ from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
 from serve.text.load import cache_of, load_model
 from serve.text.load_progress import LoadProgress
+from serve.text.pace import TextPace
+from serve.text.prefix_digest import PrefixDigest
 from serve.text.runner import TokenRunner
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput
@@ -157,7 +159,9 @@ def _build(
     runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here, loading)
     stages = options.pipeline_parallel_size
     scheduler = TokenScheduler(
-        KVCache(size.num_blocks, options.block_size, options.enable_prefix_caching),
+        KVCache(
+            size.num_blocks, options.block_size, options.enable_prefix_caching, digest=PrefixDigest(options.block_size)
+        ),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=size.max_model_len,
@@ -175,6 +179,7 @@ def _build(
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
         observer=observer,
+        pace=TextPace(scheduler),
         on_death=on_death,
         idle_work=partial(_take, runner, take_memory(runner.kv_cache)) if is_large_on_cpu else runner.capture_next,
     )

@@ -33,16 +33,17 @@ class Claims:
         for key in hashes:
             self._owners.setdefault(key, seq)
 
-    def park(self, seq: Sequence, hashes: Seq[bytes], start: int) -> bool:
-        """Let `seq` wait for the blocks that are being computed of `hashes[start:]`. False when the first is not."""
+    def park(self, seq: Sequence, hashes: Seq[bytes], start: int) -> int:
+        """Let `seq` wait for the blocks that are being computed of `hashes[start:]`: until so many of `hashes` exist.
+        0 when the first is not."""
         end = start
         while end < len(hashes) and hashes[end] in self._owners:
             end += 1
         if end == start:
-            return False
+            return 0
         key = self._waits_for[seq] = hashes[end - 1]
         self._waiters.setdefault(key, []).append(seq)
-        return True
+        return end
 
     def unpark(self, seq: Sequence) -> bool:
         """False when it was not parked."""

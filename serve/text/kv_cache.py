@@ -22,11 +22,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
+from serve.text.prefix_digest import PrefixDigest
+
 
 class KVCache:
     """A pool of blocks. Not thread-safe; the scheduler owns it."""
 
-    def __init__(self, num_blocks: int, block_size: int = 16, enable_prefix_caching: bool = True):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        digest: PrefixDigest | None = None,
+    ):
+        """`digest` hears which blocks can be found."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks is {num_blocks} and block_size {block_size}; both must be at least 1")
         self.num_blocks = num_blocks
@@ -35,6 +44,7 @@ class KVCache:
 
         self.num_free = num_blocks
 
+        self.digest = digest
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
@@ -49,15 +59,7 @@ class KVCache:
         """Append the hashes of those full blocks of `token_ids` that `hashes` does not have yet."""
         if not self.enable_prefix_caching:
             return
-        first, end = len(hashes) * self.block_size, len(token_ids) - len(token_ids) % self.block_size
-        if first == end:
-            return
-        parent = hashes[-1] if hashes else root_hash(salt=salt)
-        data = array("i", token_ids[first:end]).tobytes()
-        step = len(data) // ((end - first) // self.block_size)
-        for i in range(0, len(data), step):
-            parent = sha256(parent + data[i : i + step]).digest()
-            hashes.append(parent)
+        extend_chain(hashes, token_ids, self.block_size, salt)
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
         """The published blocks of the longest known prefix. Nothing is taken."""
@@ -84,6 +86,8 @@ class KVCache:
             self._link(holder, before=self._next[self._ring])
         self._published[key] = block
         self._hashes[block] = key
+        if self.digest is not None:
+            self.digest.add(key)
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
@@ -116,6 +120,8 @@ class KVCache:
         if key is not None:
             del self._published[key]
             self._hashes[block] = None
+            if self.digest is not None:
+                self.digest.discard(key)
         self._references[block] = 1
         self.num_free -= 1
         blocks.append(block)
@@ -165,6 +171,19 @@ class KVCache:
         before, after = self._prev[block], self._next[block]
         self._next[before] = after
         self._prev[after] = before
+
+
+def extend_chain(hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str) -> None:
+    """Append the chained hashes of those full blocks of `token_ids` that `hashes` does not have yet."""
+    first, end = len(hashes) * block_size, len(token_ids) - len(token_ids) % block_size
+    if first == end:
+        return
+    parent = hashes[-1] if hashes else root_hash(salt=salt)
+    data = array("i", token_ids[first:end]).tobytes()
+    step = len(data) // ((end - first) // block_size)
+    for i in range(0, len(data), step):
+        parent = sha256(parent + data[i : i + step]).digest()
+        hashes.append(parent)
 
 
 def root_hash(**extras: str) -> bytes:

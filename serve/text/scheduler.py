@@ -10,8 +10,8 @@ each step hands out `{sequence: num_tokens}`. In order:
 3. nothing is admitted in a step that lacked memory. Admission takes the blocks of the whole prompt and leaves a
    watermark free for the growth of the running ones. So only decodes can run out, and each preemption buys a token.
 
-When a decode finds no free block, the victim has the lowest priority and, among those, loses the least computation per
-freed block. It keeps its tokens and waits again, at its old place in the queue.
+When a decode finds no free block, another one is preempted (`victim.py`). It keeps its tokens and waits again, at its
+old place in the queue.
 
 Drafts come last: when every decode and prefill is planned, what is left of the budget and of the free blocks goes to
 draft tokens behind the decodes, and nobody is preempted for one. Their blocks are provisional: those that rejected
@@ -35,15 +35,17 @@ from collections.abc import Callable, Iterable
 from serve.backend import Load
 from serve.engine.interface import Update
 from serve.engine.job import Job, Status
-from serve.engine.waiting import AGING_S, WaitingQueue, aged_priority
+from serve.engine.waiting import WaitingQueue, aged_priority
 from serve.events import FinishReason
 from serve.text.beam_group import Beam, BeamGroup
 from serve.text.claims import Claims
 from serve.text.draft_length import DraftLength
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
+from serve.text.queued import Queued
 from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
 from serve.text.turns import in_turn
+from serve.text.victim import choose_victim
 
 WATERMARK = 0.03
 """Share of the blocks left free at admission. vLLM's preemptions fell from 1065 to 187 in a memory-bound run with 0.05
@@ -95,12 +97,12 @@ class TokenScheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._running: dict[Sequence, None] = {}  # in order of admission
         self._claims = Claims()
-        self._num_tokens_waiting = 0
+        self._queued = Queued()
+        self._num_left = 0  # positions to go, of the running prefills, behind the step planned last
         self._num_seats_taken = 0
         self._watermark = int(WATERMARK * kv_cache.num_blocks)
 
-        self._step = 0
-        self._settled = -1
+        self._step, self._settled = 0, -1
         self._freed_with: dict[int, list[list[int]]] = {}  # step -> block tables to free when it is settled
         self._provisional: set[Sequence] = set()  # those with drafts in flight that took a block for them
 
@@ -118,14 +120,13 @@ class TokenScheduler:
         self.kv_cache.extend_hashes(job.block_hashes, job.token_ids, job.cache_salt)
         if isinstance(job, BeamGroup):
             job.begin()
-        self._num_tokens_waiting += len(job.token_ids)
-        self._waiting.add(job)
+        self._wait(job)
 
     def remove(self, job: Sequence) -> None:
         if job in self._running:
             self._release(job)
         elif self._waiting.remove(job) or self._claims.unpark(job):
-            self._num_tokens_waiting -= len(job.token_ids)
+            self._queued.leave(job)
             job.epoch += 1
 
     def load(self) -> Load:
@@ -133,8 +134,9 @@ class TokenScheduler:
         return Load(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._claims),
-            tokens_waiting=self._num_tokens_waiting,
+            tokens_waiting=self._queued.num_tokens,
             memory=1 - cache.num_free / cache.num_blocks,
+            tokens_owed=self._queued.num_owed + (self._num_left if self._running else 0),
         )
 
     # -- the next step ---------------------------------------------------------------------------------------------
@@ -179,8 +181,10 @@ class TokenScheduler:
             if first is None or self._num_seats_taken + first.num_seats > self.max_num_seqs:
                 break
             cached = self._find(first)
-            if first.is_scored and self._claims.park(first, self._usable_hashes(first), len(cached)):
+            shared = self._claims.park(first, self._usable_hashes(first), len(cached)) if first.is_scored else 0
+            if shared:
                 self._waiting.remove(first)
+                self._queued.expect(first, shared * self.kv_cache.block_size)
                 continue
             num_new = first.num_known - len(cached) * self.kv_cache.block_size
             if left < num_new and (left + 1) // 2 < smallest_start:
@@ -195,6 +199,7 @@ class TokenScheduler:
             extra = min(left, num_new - plan[seq])
             plan[seq] += extra
             left -= extra
+        self._num_left = sum(num_new - plan.get(seq, 0) for seq, num_new in prefills.items())
         return plan
 
     def _plan_alone(self, seq: Sequence) -> dict[Sequence, int]:
@@ -250,7 +255,7 @@ class TokenScheduler:
         if not seq.allocate(self.kv_cache, cached, reserve):
             return False
         self._waiting.remove(seq)
-        self._num_tokens_waiting -= len(seq.token_ids)
+        self._queued.leave(seq)
         self._num_seats_taken += seq.num_seats
         self._running[seq] = None
         seq.status = Status.RUNNING
@@ -275,15 +280,7 @@ class TokenScheduler:
         return True
 
     def _victim(self, spare: Sequence | None = None) -> Sequence:
-        candidates = (seq for seq in reversed(self._running) if seq is not spare)
-        return min(candidates, key=self._cost_of_preempting)  # of equals the one admitted last
-
-    def _cost_of_preempting(self, seq: Sequence) -> tuple[float, float]:
-        """Urgency in whole priority levels, waiting included (so nobody is the victim for ever), then loss per gain."""
-        num_blocks = sum(len(part.blocks) for part in seq.holders)
-        num_freed = self.kv_cache.num_unshared([part.blocks for part in seq.holders])
-        num_lost = sum(part.num_computed for part in seq.holders) - (num_blocks - num_freed) * self.kv_cache.block_size
-        return -(self._policy(seq) // AGING_S), num_lost / num_freed if num_freed else float("inf")
+        return choose_victim([seq for seq in self._running if seq is not spare], self.kv_cache, self._policy)
 
     def _preempt(self, seq: Sequence) -> None:
         self._release(seq)
@@ -292,7 +289,10 @@ class TokenScheduler:
         self.num_preemptions += 1
         for part in seq.holders:
             self.kv_cache.extend_hashes(part.block_hashes, part.token_ids, part.cache_salt)
-        self._num_tokens_waiting += len(seq.token_ids)
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        self._queued.enter(seq, len(self._find(seq)) * self.kv_cache.block_size)
         self._waiting.add(seq)
 
     def _release(self, seq: Sequence) -> None:

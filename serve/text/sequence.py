@@ -49,6 +49,8 @@ class Sequence(Job):
     num_cached: int = 0
     """Prompt positions found in the prefix cache at the first admission."""
     num_preemptions: int = 0
+    num_owed: int = 0
+    """Positions that its admission is expected to bring to be computed, while it waits."""
     has_drafts: bool = False
     """Whether a step in flight verifies drafts of it."""
     num_drafted: int = 0

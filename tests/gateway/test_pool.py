@@ -8,10 +8,8 @@ import pytest
 from gateway_fakes import FakeBackend, card, entry, joined
 from gateway_image_fakes import FakeImageBackend
 
-from serve.backend import Load
 from serve.errors import Draining, EngineDead, InvalidRequest, ModelNotFound, Overloaded, ReplicaLost, Unavailable
 from serve.gateway.pool import Pool
-from serve.gateway.routing import MAX_EXCESS, Candidate, Router
 from serve.request import ImageRequest, SamplingParams, TextRequest
 
 
@@ -153,7 +151,7 @@ def test_images_are_placed_and_read_like_text():
     async def _(pool, net):
         for _ in range(6):
             assert await read(await pool.submit(image_request())) == 3
-        assert pool._router._holder == {}, "images leave no prefix behind"
+        assert pool._router._promises == {}, "images leave no prefix behind"
 
 
 def test_model_whose_replicas_are_gone_is_unavailable_not_unknown():
@@ -229,44 +227,3 @@ def test_closing_a_stream_twice_counts_once():
         await stream.aclose()
         await stream.aclose()
         assert backend.num_cancelled == 1 and pool._members["replica-0"].num_open == 0
-
-
-def candidates(**busy: int) -> list[Candidate]:
-    return [Candidate(name, Load(running=count), 0) for name, count in busy.items()]
-
-
-def test_least_busy_replica_is_first_and_equal_ones_take_turns():
-    router = Router()
-    assert [c.replica_id for c in router.rank(request(), candidates(a=3, b=1, c=2))] == ["b", "c", "a"]
-    firsts = {router.rank(request(), candidates(a=1, b=1))[0].replica_id for _ in range(4)}
-    assert firsts == {"a", "b"}
-
-
-def test_replica_with_the_prefix_is_first_unless_much_busier():
-    router = Router()
-    router.record(request(range(128)), "a")
-    longer = request([*range(128), *[9] * 100])
-    assert router.rank(longer, candidates(a=MAX_EXCESS, b=0))[0].replica_id == "a"
-    assert router.rank(longer, candidates(a=MAX_EXCESS + 1, b=0))[0].replica_id == "b"
-    assert router.rank(request([7] * 200), candidates(a=1, b=0))[0].replica_id == "b"
-
-
-def test_prefixes_of_other_tenants_and_lost_replicas_do_not_count():
-    router = Router()
-    router.record(request(salt="x"), "a")
-    assert router.rank(request(salt="y"), candidates(a=1, b=0))[0].replica_id == "b"
-    assert router.rank(request(salt="x"), candidates(a=1, b=0))[0].replica_id == "a"
-    router.forget("a")
-    assert router.rank(request(salt="x"), candidates(a=1, b=0))[0].replica_id == "b"
-
-
-def test_memory_of_prefixes_is_bounded():
-    router = Router(max_remembered=10)
-    for number in range(100):
-        router.record(request([number] * 200), "a")
-    assert len(router._holder) == 10
-
-
-def test_own_open_streams_count_when_the_report_is_old():
-    stale = [Candidate("a", Load(), 5), Candidate("b", Load(running=2), 0)]
-    assert Router().rank(request(), stale)[0].replica_id == "b"

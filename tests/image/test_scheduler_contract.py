@@ -65,7 +65,7 @@ class Trajectories:
 
     def check_all_free(self) -> None:
         assert not self.scheduler._running and not self.scheduler._leaving
-        assert self.scheduler.load().tokens_waiting == 0
+        assert self.scheduler.load().tokens_waiting == self.scheduler.load().tokens_owed == 0
         assert not self.runner.states and not self.runner.in_flight
 
 
@@ -75,6 +75,7 @@ def check_books(scheduler: Any) -> None:
     load = scheduler.load()
     assert load.running == len(scheduler._running) and load.waiting == len(scheduler._waiting)
     assert load.tokens_waiting == sum(job.num_tokens_to_compute for job in scheduler._waiting)
+    assert load.tokens_owed == sum(job.num_tokens_owed for job in (*scheduler._waiting, *scheduler._running))
     assert all(job.num_done <= job.num_scheduled <= len(job.operations) for job in scheduler._running)
 
 

@@ -22,6 +22,7 @@ from serve.image.backend import ImageBackend
 from serve.image.trajectory import ImageBatch, ImageOutput
 from serve.metrics import EngineObserver, Recorder, render
 from serve.options import GatewayOptions
+from serve.prefix_view import PrefixView
 
 
 @contextlib.asynccontextmanager
@@ -98,6 +99,8 @@ class LocalReplica(ImageBackend):
     replica_id = "replica-image"
     is_alive = True
     bundle: dict[str, bytes] = {}  # noqa: RUF012
+    prefixes = PrefixView()
+    unreported: tuple[str, ...] = ()
 
 
 @contextlib.asynccontextmanager

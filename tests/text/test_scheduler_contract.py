@@ -114,6 +114,7 @@ def check_books(scheduler: TokenScheduler, unfinished: int) -> None:
     waiting = [*scheduler._waiting, *scheduler._claims._waits_for]
     assert load.running + load.waiting == unfinished
     assert load.tokens_waiting == sum(len(seq.token_ids) for seq in waiting)
+    assert scheduler._queued.num_owed == sum(seq.num_owed for seq in waiting) <= load.tokens_waiting
     assert all(seq.status is Status.WAITING and not any(part.blocks for part in seq.holders) for seq in waiting)
     assert load.memory == pytest.approx(len(held) / scheduler.kv_cache.num_blocks)
     assert scheduler._claims or not scheduler._claims._waiters

@@ -1,0 +1,162 @@
+"""The rule by which a replica is chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from serve.backend import Load
+from serve.gateway.routing import PROMISE_S, TIE_S, Candidate, Prediction, Router
+from serve.prefix_view import PrefixView, prompt_keys
+from serve.request import ImageRequest, SamplingParams, TextRequest
+
+BLOCK = 16
+UNIT_S = 0.001
+
+
+def request(prompt=range(200), *, request_id="r", salt="", session="", n=1) -> TextRequest:
+    return TextRequest(
+        request_id=request_id, model="tiny", prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=4),
+        cache_salt=salt, session=session, n=n,
+    )  # fmt: skip
+
+
+def image_request(side: int, num_steps: int = 20) -> ImageRequest:
+    return ImageRequest(
+        request_id=f"{side}", model="painter", prompt="x", width=side, height=side, num_inference_steps=num_steps,
+        guidance_scale=1.0, solver="euler", seed=1,
+    )  # fmt: skip
+
+
+def candidate(name: str, backlog_s: float = 0.0, *, cached=(), salt="", unreported=(), job_s=0.0, unit_s=UNIT_S):
+    view = PrefixView()
+    view.block_size = BLOCK
+    view.keys.update(prompt_keys([*cached, 0], BLOCK, salt))
+    return Candidate(name, Load(backlog_s=backlog_s, unit_s=unit_s, job_s=job_s), view, unreported)
+
+
+def order(predictions: list[Prediction]) -> list[str]:
+    return [prediction.replica_id for prediction in predictions]
+
+
+def first(router: Router, asked, *candidates: Candidate) -> str:
+    return router.rank(asked, candidates)[0].replica_id
+
+
+def test_all_candidates_are_ranked_by_backlog():
+    assert order(Router().rank(request(), [candidate("a", 3), candidate("b", 1), candidate("c", 2)])) == ["b", "c", "a"]
+
+
+def test_no_candidates_give_no_placements():
+    assert Router().rank(request(), []) == []
+
+
+def test_cost_is_backlog_and_what_is_not_cached():
+    (prediction,) = Router().rank(request(range(200)), [candidate("a", 0.5, cached=range(96), job_s=0.25)])
+    assert prediction.work_s == 0.25 + (200 - 96) * UNIT_S
+    assert prediction.cost_s == 0.5 + prediction.work_s
+
+
+def test_a_prefix_is_worth_the_seconds_that_computing_it_takes_and_no_more():
+    prompt = range(1600)
+    worth_s = 1584 * UNIT_S  # the last of its 100 blocks is computed anyway
+    holder = candidate("a", worth_s - 0.2, cached=prompt)
+    assert first(Router(), request(prompt), holder, candidate("b")) == "a"
+    holder = candidate("a", worth_s + 0.2, cached=prompt)
+    assert first(Router(), request(prompt), holder, candidate("b")) == "b"
+
+
+def test_the_longer_prefix_wins():
+    prompt = range(800)
+    found = first(Router(), request(prompt), candidate("a", cached=range(160)), candidate("b", cached=range(640)))
+    assert found == "b"
+
+
+def test_prefixes_of_other_tenants_are_not_seen():
+    asked = request(range(800), salt="mine")
+    (other,) = Router().rank(asked, [candidate("a", cached=range(800), salt="theirs")])
+    (own,) = Router().rank(asked, [candidate("a", cached=range(800), salt="mine")])
+    assert other.work_s == 0.8 and own.work_s == 16 * UNIT_S
+
+
+def test_scoring_a_prompt_takes_all_of_it():
+    scored = TextRequest(
+        request_id="r", model="tiny", prompt_token_ids=tuple(range(160)), sampling=SamplingParams(max_tokens=1),
+        prompt_logprobs=0,
+    )  # fmt: skip
+    assert Router().rank(scored, [candidate("a", cached=range(160))])[0].work_s == 160 * UNIT_S
+
+
+def test_every_choice_adds_to_the_backlog():
+    (prediction,) = Router().rank(request(range(10), n=3), [candidate("a", job_s=2.0)])
+    assert prediction.work_s == 3 * 2.0 + 10 * UNIT_S
+
+
+def test_what_is_not_reported_yet_counts_as_estimated():
+    router = Router()
+    asked = request(range(100), request_id="first")
+    router.record(asked, router.rank(asked, [candidate("a")])[0])
+    assert order(router.rank(request([7] * 50), [candidate("a", unreported=["first"]), candidate("b")])) == ["b", "a"]
+    assert router.rank(request([7] * 50), [candidate("a", unreported=["first"])])[0].cost_s == 0.1 + 0.05
+
+
+def test_requests_with_a_common_prefix_that_come_together_meet():
+    router = Router()
+    for number in range(4):
+        asked = request([*range(800), number], request_id=f"{number}")
+        unreported = [f"{earlier}" for earlier in range(number)]
+        prediction = router.rank(asked, [candidate("a", unreported=unreported), candidate("b", 0.7)])[0]
+        assert prediction.replica_id == "a"
+        router.record(asked, prediction)
+
+
+def test_a_promise_is_believed_for_a_while_only():
+    now = 0.0
+    router = Router(clock=lambda: now)
+    asked = request(range(800))
+    router.record(asked, router.rank(asked, [candidate("a")])[0])
+    assert router.rank(asked, [candidate("a")])[0].work_s == 16 * UNIT_S
+    now = PROMISE_S + 2 * 0.8 + 0.1
+    assert router.rank(asked, [candidate("a")])[0].work_s == 0.8
+
+
+def test_a_lost_replica_holds_nothing():
+    router = Router()
+    asked = request(range(800))
+    router.record(asked, router.rank(asked, [candidate("a")])[0])
+    router.forget("a")
+    assert router.rank(asked, [candidate("a")])[0].work_s == 0.8
+
+
+def test_memory_is_bounded():
+    router = Router(max_remembered=10)
+    for number in range(100):
+        asked = request([number] * 200, request_id=f"{number}")
+        router.record(asked, router.rank(asked, [candidate("a")])[0])
+    assert len(router._promises) == len(router._work_s) == 10
+
+
+def test_a_session_stays_where_it_is_when_others_come_or_go():
+    four = [candidate(name) for name in "abcd"]
+    sessions = [f"s{number}" for number in range(200)]
+    before = {session: first(Router(), request(session=session), *four) for session in sessions}
+    after = {session: first(Router(), request(session=session), *four[:3]) for session in sessions}
+    assert all(after[session] == before[session] for session in sessions if before[session] != "d")
+    assert min(Counter(before.values()).values()) > 25
+
+
+def test_a_session_yields_to_more_than_a_small_difference():
+    at_home = first(Router(), request(range(10), session="s"), candidate("a"), candidate("b"))
+    home, other = (at_home, "b" if at_home == "a" else "a")
+    asked = request(range(10), session="s")
+    assert first(Router(), asked, candidate(home, TIE_S), candidate(other)) == home
+    assert first(Router(), asked, candidate(home, 0.1), candidate(other)) == other
+
+
+def test_an_image_counts_by_its_pixels_and_steps():
+    router = Router()
+    unit_s = 1e-8
+    small, large = (router.rank(image_request(side), [candidate("a", unit_s=unit_s)])[0] for side in (256, 1024))
+    assert large.work_s == 16 * small.work_s == 20 * 1024**2 * unit_s
+    router.record(image_request(1024), large)
+    busy = candidate("a", unit_s=unit_s, unreported=["1024"])
+    assert first(router, image_request(256), busy, candidate("b", 0.1, unit_s=unit_s)) == "b"
