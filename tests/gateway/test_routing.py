@@ -42,16 +42,22 @@ def first(router: Router, asked, *candidates: Candidate) -> str:
     return router.rank(asked, candidates)[0].replica_id
 
 
+def price(router: Router, asked, at: Candidate) -> Prediction:
+    """What it costs there, another replica being far too busy."""
+    return router.rank(asked, [at, candidate("other", 1e6)])[0]
+
+
 def test_all_candidates_are_ranked_by_backlog():
     assert order(Router().rank(request(), [candidate("a", 3), candidate("b", 1), candidate("c", 2)])) == ["b", "c", "a"]
 
 
-def test_no_candidates_give_no_placements():
+def test_no_candidates_give_no_placements_and_an_only_one_is_taken_unpriced():
     assert Router().rank(request(), []) == []
+    assert Router().rank(request(), [candidate("a", 0.5)]) == [Prediction("a", 0.5, 0.0, ())]
 
 
 def test_cost_is_backlog_and_what_is_not_cached():
-    (prediction,) = Router().rank(request(range(200)), [candidate("a", 0.5, cached=range(96), job_s=0.25)])
+    prediction = price(Router(), request(range(200)), candidate("a", 0.5, cached=range(96), job_s=0.25))
     assert prediction.work_s == 0.25 + (200 - 96) * UNIT_S
     assert prediction.cost_s == 0.5 + prediction.work_s
 
@@ -73,8 +79,8 @@ def test_the_longer_prefix_wins():
 
 def test_prefixes_of_other_tenants_are_not_seen():
     asked = request(range(800), salt="mine")
-    (other,) = Router().rank(asked, [candidate("a", cached=range(800), salt="theirs")])
-    (own,) = Router().rank(asked, [candidate("a", cached=range(800), salt="mine")])
+    other = price(Router(), asked, candidate("a", cached=range(800), salt="theirs"))
+    own = price(Router(), asked, candidate("a", cached=range(800), salt="mine"))
     assert other.work_s == 0.8 and own.work_s == 16 * UNIT_S
 
 
@@ -83,20 +89,20 @@ def test_scoring_a_prompt_takes_all_of_it():
         request_id="r", model="tiny", prompt_token_ids=tuple(range(160)), sampling=SamplingParams(max_tokens=1),
         prompt_logprobs=0,
     )  # fmt: skip
-    assert Router().rank(scored, [candidate("a", cached=range(160))])[0].work_s == 160 * UNIT_S
+    assert price(Router(), scored, candidate("a", cached=range(160))).work_s == 160 * UNIT_S
 
 
 def test_every_choice_adds_to_the_backlog():
-    (prediction,) = Router().rank(request(range(10), n=3), [candidate("a", job_s=2.0)])
+    prediction = price(Router(), request(range(10), n=3), candidate("a", job_s=2.0))
     assert prediction.work_s == 3 * 2.0 + 10 * UNIT_S
 
 
 def test_what_is_not_reported_yet_counts_as_estimated():
     router = Router()
     asked = request(range(100), request_id="first")
-    router.record(asked, router.rank(asked, [candidate("a")])[0])
+    router.record(asked, price(router, asked, candidate("a")))
     assert order(router.rank(request([7] * 50), [candidate("a", unreported=["first"]), candidate("b")])) == ["b", "a"]
-    assert router.rank(request([7] * 50), [candidate("a", unreported=["first"])])[0].cost_s == 0.1 + 0.05
+    assert price(router, request([7] * 50), candidate("a", unreported=["first"])).cost_s == 0.1 + 0.05
 
 
 def test_requests_with_a_common_prefix_that_come_together_meet():
@@ -113,25 +119,25 @@ def test_a_promise_is_believed_for_a_while_only():
     now = 0.0
     router = Router(clock=lambda: now)
     asked = request(range(800))
-    router.record(asked, router.rank(asked, [candidate("a")])[0])
-    assert router.rank(asked, [candidate("a")])[0].work_s == 16 * UNIT_S
+    router.record(asked, price(router, asked, candidate("a")))
+    assert price(router, asked, candidate("a")).work_s == 16 * UNIT_S
     now = PROMISE_S + 2 * 0.8 + 0.1
-    assert router.rank(asked, [candidate("a")])[0].work_s == 0.8
+    assert price(router, asked, candidate("a")).work_s == 0.8
 
 
 def test_a_lost_replica_holds_nothing():
     router = Router()
     asked = request(range(800))
-    router.record(asked, router.rank(asked, [candidate("a")])[0])
+    router.record(asked, price(router, asked, candidate("a")))
     router.forget("a")
-    assert router.rank(asked, [candidate("a")])[0].work_s == 0.8
+    assert price(router, asked, candidate("a")).work_s == 0.8
 
 
 def test_memory_is_bounded():
     router = Router(max_remembered=10)
     for number in range(100):
         asked = request([number] * 200, request_id=f"{number}")
-        router.record(asked, router.rank(asked, [candidate("a")])[0])
+        router.record(asked, price(router, asked, candidate("a")))
     assert len(router._promises) == len(router._work_s) == 10
 
 
@@ -155,7 +161,7 @@ def test_a_session_yields_to_more_than_a_small_difference():
 def test_an_image_counts_by_its_pixels_and_steps():
     router = Router()
     unit_s = 1e-8
-    small, large = (router.rank(image_request(side), [candidate("a", unit_s=unit_s)])[0] for side in (256, 1024))
+    small, large = (price(router, image_request(side), candidate("a", unit_s=unit_s)) for side in (256, 1024))
     assert large.work_s == 16 * small.work_s == 20 * 1024**2 * unit_s
     router.record(image_request(1024), large)
     busy = candidate("a", unit_s=unit_s, unreported=["1024"])
