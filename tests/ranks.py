@@ -1,11 +1,12 @@
 """Several ranks of one test: processes of one thread each that share a gloo group, ended when the test's call returns.
 
-A rank runs a function of a module in a fresh interpreter with this process's import path; arguments and result travel
+A rank runs a function of a file in a fresh interpreter with this process's import path; arguments and result travel
 as pickles, so both are plain values or tensors. The first rank that fails ends the others and its error is the test's.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import subprocess
@@ -32,7 +33,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
     """
     with tempfile.TemporaryDirectory(prefix="tandem-ranks-") as folder:
         path = Path(folder)
-        call = {"path": sys.path, "module": function.__module__, "name": function.__qualname__}
+        call = {"path": sys.path, "file": inspect.getfile(function), "name": function.__qualname__}
         (path / "call").write_bytes(pickle.dumps((call, pickle.dumps(arguments))))
         command = [sys.executable, __file__, folder, str(num_ranks)]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -68,6 +69,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], path: Path) -> None:
 
 def _main(folder: Path, num_ranks: int, rank: int) -> None:
     import importlib
+    import runpy
     import traceback
 
     call, arguments = pickle.loads((folder / "call").read_bytes())
@@ -81,7 +83,12 @@ def _main(folder: Path, num_ranks: int, rank: int) -> None:
         "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=TIMEOUT_S)
     )
     try:
-        function: Any = getattr(importlib.import_module(call["module"]), call["name"])
+        file = Path(call["file"])
+        if str(file.parent) in sys.path:
+            found = vars(importlib.import_module(file.stem))
+        else:  # a test's own module, whose name only pytest can import
+            found = runpy.run_path(str(file), run_name="rank")
+        function: Any = found[call["name"]]
         result = function(rank, *pickle.loads(arguments))
         (folder / f"result{rank}").write_bytes(pickle.dumps(result))
         distributed.barrier()
