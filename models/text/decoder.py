@@ -101,11 +101,19 @@ class Decoder:
         if num_tokens < self._min_rows:
             missing = self._min_rows - num_tokens
             token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
-        x_TD = F.embedding(token_ids_T, self._embedding_VD)
+        x_TD = self._begin(token_ids_T)
         step = DecoderStep(context, self._rope.at(positions_T), num_tokens)
         for layer in self._layers:
             x_TD = layer.advance(x_TD, step)
-        return self._norm(x_TD)[:num_tokens]
+        return self._end(x_TD)[:num_tokens]
+
+    def _begin(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """What the first layer here gets."""
+        return F.embedding(token_ids_T, self._embedding_VD)
+
+    def _end(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What the last layer here gave, made fit for `logits`."""
+        return self._norm(x_TD)
 
     @torch.inference_mode()
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from models.layers import MIN_ROWS, Linear, RMSNorm
 from models.parallel import Place
 from models.text.architecture import DenseArchitecture
-from models.text.base import StepContext
-from models.text.decoder import Decoder, DecoderLayer, DecoderStep
+from models.text.decoder import Decoder, DecoderLayer
 from models.text.rope import RopeTable
 from models.text.share import Share
 from models.weights import Cut
@@ -101,21 +100,15 @@ class DecoderRank(Decoder):
             self._norm.finish()
             self._head.finish()
 
-    @torch.inference_mode()
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, context: StepContext) -> torch.Tensor:
-        """On the last stage hidden_TD after the final norm; on another the activations it has sent on, nobody's own."""
-        num_tokens = token_ids_T.shape[0]
-        if num_tokens < self._min_rows:
-            missing = self._min_rows - num_tokens
-            token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
-        x_TD = self._embed(token_ids_T) if self.place.is_first else self._receive(token_ids_T.shape[0])
-        step = DecoderStep(context, self._rope.at(positions_T), num_tokens)
-        for layer in self._layers:
-            x_TD = layer.advance(x_TD, step)
+    def _begin(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        return self._embed(token_ids_T) if self.place.is_first else self._receive(token_ids_T.shape[0])
+
+    def _end(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """On another stage than the last the activations are sent on; what `forward` then returns is nobody's."""
         if self.place.is_last:
-            return self._norm(x_TD)[:num_tokens]
+            return self._norm(x_TD)
         self.place.send(x_TD)
-        return x_TD[:num_tokens]
+        return x_TD
 
     @torch.inference_mode()
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
