@@ -21,8 +21,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from serve import wire
 from serve.connection import Connection, connect
 from serve.errors import Unavailable
+from serve.exposition import render
 from serve.listener import Listener
-from serve.metrics import METRICS, UNKNOWN_MODEL, Recorder, Series, Snapshot, render
+from serve.metrics import METRICS, UNKNOWN_MODEL, Series, Snapshot
+from serve.recorder import Recorder
 from serve.wire import ReplicaEntry
 
 log = logging.getLogger(__name__)

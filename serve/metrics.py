@@ -1,36 +1,20 @@
-"""Metrics: one table of everything that is measured, the cells of one process, and their exposition.
+"""Metrics: one table of everything that is measured, and the plain values in which a process hands its own on.
 
 `METRICS` is the only place where a metric is named; documentation, dashboards and tests read it. A process counts in
-its `Recorder` and pushes `Snapshot`s (cumulative, plain values) to the hub (`serve/hub.py`), which renders those of
-all processes: every series carries `process`, so that a scrape gives the same answer at every gateway.
-
-prometheus-client formats the text. Its own cells keep their values private, and these travel; so the cells are here.
-Labels are bounded: a finite label takes only the values the table lists, `model` only names that are served.
+its `Recorder` (`serve/recorder.py`) and pushes `Snapshot`s (cumulative, plain values) to the hub (`serve/hub.py`),
+which renders those of all processes (`serve/exposition.py`): every series carries `process`, so that a scrape gives the
+same answer at every gateway. Labels are bounded: a finite label takes only the values the table lists, `model` only
+names that are served.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
-from prometheus_client import generate_latest
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector, CollectorRegistry
-from prometheus_client.utils import floatToGoString
-
-from serve.engine.interface import StepStats
-from serve.engine.job import Job
 from serve.errors import CODES
 from serve.events import FinishReason
-from serve.request import ModelCard
-
-log = logging.getLogger(__name__)
 
 Kind = Literal["counter", "gauge", "histogram"]
 Role = Literal["gateway", "replica", "hub"]
@@ -194,206 +178,3 @@ class Snapshot:
 
     process: str
     series: tuple[Series, ...]
-
-
-class Cell:
-    """The values of one series. Bind it once where it is written often; a write costs well under a microsecond."""
-
-    __slots__ = ("_buckets", "_lock", "values")
-
-    def __init__(self, buckets: tuple[float, ...], lock: threading.Lock):
-        self._buckets = buckets
-        self._lock = lock
-        self.values = [0.0] * (len(buckets) + 2 if buckets else 1)
-
-    def count(self, value: float = 1.0) -> None:
-        with self._lock:
-            self.values[0] += value
-
-    def set(self, value: float) -> None:
-        self.values[0] = value
-
-    def observe(self, value: float, times: int = 1) -> None:
-        slot = bisect_left(self._buckets, value)
-        with self._lock:
-            self.values[slot] += times
-            self.values[-1] += value * times
-
-
-class Recorder:
-    """Where one process counts. Any thread."""
-
-    def __init__(self, process: str, role: Role):
-        self.process = process
-        self._role = role
-        self.models = {UNKNOWN_MODEL}
-        """The values that the label `model` may take here."""
-        self._lock = threading.Lock()
-        self._cells: dict[tuple[str, tuple[str, ...]], Cell] = {}
-        self._followed: list[tuple[Cell, Callable[[], float]]] = []
-        own = psutil.Process()
-        self.set("tandem_process_info", 1, role=role, pid=str(os.getpid()))
-        self.set("tandem_process_start_time_seconds", own.create_time())
-        self.follow("tandem_process_resident_memory_bytes", lambda: float(own.memory_info().rss))
-
-    def admit(self, model: str) -> None:
-        """Let `model` be a label from now on. Its series that need no other label start at zero."""
-        if model in self.models:
-            return
-        self.models.add(model)
-        for metric in METRICS.values():
-            if metric.kind != "gauge" and self._role in metric.roles and tuple(metric.labels) == ("model",):
-                self.cell(metric.name, model=model)
-
-    def cell(self, name: str, **labels: str) -> Cell:
-        """The series' cell, made at its first use. Raises ValueError for a name or a label value outside the table."""
-        metric = METRICS.get(name)
-        if metric is None:
-            raise ValueError(f"no metric is named {name!r}; add it to METRICS")
-        if labels.keys() != metric.labels.keys():
-            raise ValueError(f"{name} has the labels {[*metric.labels]}, not {[*labels]}")
-        key = (name, tuple(labels[label] for label in metric.labels))
-        cell = self._cells.get(key)
-        if cell is None:
-            self._check(metric, labels)
-            with self._lock:
-                cell = self._cells.setdefault(key, Cell(metric.buckets, self._lock))
-        return cell
-
-    def count(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self.cell(name, **labels).count(value)
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        self.cell(name, **labels).set(value)
-
-    def observe(self, name: str, value: float, *, times: int = 1, **labels: str) -> None:
-        self.cell(name, **labels).observe(value, times)
-
-    def follow(self, name: str, read: Callable[[], float], **labels: str) -> None:
-        """Take the value of a gauge, or the total of a counter, from `read` whenever a snapshot is made."""
-        self._followed.append((self.cell(name, **labels), read))
-
-    def describe(self, card: ModelCard) -> None:
-        """Publish what this replica serves."""
-        self.admit(card.name)
-        self.set(
-            "tandem_model_info", 1, model=card.name, kind=card.kind, device=card.device, dtype=card.dtype,
-            parameters=str(card.num_parameters), max_model_len=str(card.max_model_len),
-            kv_cache_tokens=str(card.kv_cache_tokens), threads=str(card.threads),
-        )  # fmt: skip
-
-    def snapshot(self) -> Snapshot:
-        for cell, read in self._followed:
-            try:
-                cell.set(float(read()))
-            except Exception:  # one reading must not cost all others; the value stays as it was
-                log.exception("metric not read")
-        with self._lock:
-            series = [Series(name, labels, tuple(cell.values)) for (name, labels), cell in self._cells.items()]
-        return Snapshot(self.process, tuple(series))
-
-    def _check(self, metric: Metric, labels: Mapping[str, str]) -> None:
-        if self._role not in metric.roles:
-            raise ValueError(f"{metric.name} is recorded by {metric.roles}, not by a {self._role}")
-        for label, value in labels.items():
-            allowed = metric.labels[label]
-            if allowed is not None and value not in allowed:
-                raise ValueError(f"{metric.name}: {label} is {value!r}; it takes only {allowed}")
-            if label == "model" and value not in self.models:
-                raise ValueError(f"{metric.name}: no model {value!r} is served here")
-
-
-class EngineObserver:
-    """Counts what an engine does: the engine's `Observer`, for any modality. Runs on the engine's thread."""
-
-    def __init__(self, recorder: Recorder, model: str):
-        recorder.admit(model)
-        self._recorder = recorder
-        self._model = model
-        self._step_seconds = recorder.cell("tandem_step_seconds", model=model)
-        self._step_jobs = recorder.cell("tandem_step_jobs", model=model)
-        self._step_tokens = recorder.cell("tandem_step_tokens", model=model)
-        self._queue_time = recorder.cell("tandem_request_queue_time_seconds", model=model)
-        self._image_steps: dict[str, tuple[Cell, Cell, Cell]] = {}
-        """Stage → seconds, rows, latent tokens."""
-        self._cancel_to_free = recorder.cell("tandem_cancel_to_free_seconds", model=model)
-        self._ended = {
-            reason: recorder.cell("tandem_jobs_total", model=model, reason=reason.value) for reason in FinishReason
-        }
-
-    def follow(self, name: str, read: Callable[[], float], **labels: str) -> None:
-        """Take the metric `name` of this model from `read` (a scheduler's running total, say)."""
-        self._recorder.follow(name, read, model=self._model, **labels)
-
-    def on_step(self, stats: StepStats) -> None:
-        self._step_seconds.observe(stats.duration_s)
-        self._step_jobs.observe(stats.num_jobs)
-        self._step_tokens.observe(stats.num_tokens)
-        if stats.stage:
-            self._on_image_step(stats)
-
-    def _on_image_step(self, stats: StepStats) -> None:
-        cells = self._image_steps.get(stats.stage)
-        if cells is None:
-            seconds, rows, tokens = (
-                self._recorder.cell(f"tandem_image_step_{unit}", model=self._model, stage=stats.stage)
-                for unit in ("seconds", "rows", "tokens")
-            )
-            cells = self._image_steps[stats.stage] = (seconds, rows, tokens)
-        seconds, rows, tokens = cells
-        seconds.observe(stats.duration_s)
-        rows.observe(stats.num_rows)
-        tokens.observe(stats.num_tokens)
-
-    def on_finish(self, job: Job) -> None:
-        if job.finish_reason is not None:
-            self._ended[job.finish_reason].count()
-        if job.first_scheduled is not None:
-            self._queue_time.observe(job.first_scheduled - job.arrival)
-        if job.finish_reason is FinishReason.CANCELLED and job.cancelled is not None and job.finished is not None:
-            self._cancel_to_free.observe(job.finished - job.cancelled)
-
-
-def render(snapshots: Iterable[Snapshot]) -> str:
-    """The Prometheus text (version 0.0.4) of all processes' snapshots, each series labelled with its process."""
-    registry = CollectorRegistry()
-    registry.register(_Snapshots(tuple(snapshots)))
-    return generate_latest(registry).decode()
-
-
-class _Snapshots(Collector):
-    """Snapshots as prometheus-client wants to read them."""
-
-    def __init__(self, snapshots: tuple[Snapshot, ...]):
-        self._snapshots = snapshots
-
-    def collect(self) -> Iterable[Family]:
-        families: dict[str, Family] = {}
-        for snapshot in self._snapshots:
-            for series in snapshot.series:
-                metric = METRICS.get(series.name)
-                if metric is None or not _fits(series, metric):
-                    continue  # pushed by another version of Tandem
-                if (family := families.get(metric.name)) is None:
-                    family = Family(metric.name.removesuffix("_total"), metric.help, metric.kind)
-                    families[metric.name] = family
-                labels = {**dict(zip(metric.labels, series.labels)), "process": snapshot.process}
-                _add(family, metric, labels, series.values)
-        return families.values()
-
-
-def _fits(series: Series, metric: Metric) -> bool:
-    num_values = len(metric.buckets) + 2 if metric.buckets else 1
-    return len(series.labels) == len(metric.labels) and len(series.values) == num_values
-
-
-def _add(family: Family, metric: Metric, labels: dict[str, str], values: tuple[float, ...]) -> None:
-    if metric.kind != "histogram":
-        family.add_sample(metric.name, labels, values[0])
-        return
-    total = 0.0
-    for bound, number in zip((*metric.buckets, float("inf")), values):
-        total += number
-        family.add_sample(f"{metric.name}_bucket", {**labels, "le": floatToGoString(bound)}, total)
-    family.add_sample(f"{metric.name}_count", labels, total)
-    family.add_sample(f"{metric.name}_sum", labels, values[-1])

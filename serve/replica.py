@@ -22,10 +22,10 @@ from serve.backend import Backend
 from serve.channel_server import ChannelServer
 from serve.errors import EngineDead
 from serve.hub import Address, HubClient, ReplicaEntry
-from serve.metrics import EngineObserver, Recorder
 from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.ranks.launch import Launcher
+from serve.recorder import EngineObserver, Recorder
 from serve.request import ModelCard
 from serve.text.draft_length import AdaptiveLength
 from serve.text.prefix_digest import PrefixDigest

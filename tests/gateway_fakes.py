@@ -20,12 +20,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from serve.backend import EventStream, Load
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, TokenLogprobs, Usage
+from serve.exposition import render
 from serve.gateway.app import build_app
 from serve.gateway.drain import Drain
 from serve.gateway.pool import Pool
-from serve.metrics import Recorder, render
 from serve.options import GatewayOptions
 from serve.prefix_view import PrefixView
+from serve.recorder import Recorder
 from serve.request import ModelCard, Request, TextRequest
 from serve.wire import ReplicaEntry
 

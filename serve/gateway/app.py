@@ -22,8 +22,8 @@ from serve.gateway.pool import Pool
 from serve.gateway.routes import api_routes
 from serve.gateway.service import Service
 from serve.gateway.telemetry import Telemetry
-from serve.metrics import Recorder
 from serve.options import GatewayOptions
+from serve.recorder import Recorder
 
 _SCHEMAS: dict[str, type[BaseModel]] = {
     "ChatCompletionRequest": schemas.ChatCompletionRequest,

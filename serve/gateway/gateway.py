@@ -14,8 +14,8 @@ from serve.gateway.pool import Pool
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
 from serve.hub import Address, HubClient
-from serve.metrics import Recorder
 from serve.options import GatewayOptions
+from serve.recorder import Recorder
 from serve.request import ModelCard
 from serve.wire import ReplicaEntry
 

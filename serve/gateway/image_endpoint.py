@@ -17,7 +17,7 @@ from serve.gateway.meters import ImageMeter
 from serve.gateway.pool import Pool
 from serve.gateway.prepared import Prepared
 from serve.gateway.service import Caller
-from serve.metrics import Recorder
+from serve.recorder import Recorder
 from serve.request import ImageRequest, ModelCard
 
 SEED_BITS = 32

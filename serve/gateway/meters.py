@@ -11,7 +11,7 @@ from serve.gateway.context import RequestContext
 from serve.gateway.image_generation import ImageDone, ImagePiece
 from serve.gateway.telemetry import outcome_of
 from serve.gateway.text_generation import TextGeneration
-from serve.metrics import Recorder
+from serve.recorder import Recorder
 from serve.request import ImageRequest
 
 

@@ -31,8 +31,8 @@ from serve.errors import (
 from serve.gateway.delivered import delivered
 from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.routing import Candidate, Router
-from serve.metrics import Recorder
 from serve.prefix_view import PrefixView
+from serve.recorder import Recorder
 from serve.request import ModelCard, Request
 from serve.text.tokenizer import Tokenizer, TokenizerBundle
 from serve.wire import ReplicaEntry

@@ -17,7 +17,8 @@ from serve.gateway.errors import (
     RouteNotFound,
     Unauthorized,
 )
-from serve.metrics import UNKNOWN_MODEL, Recorder
+from serve.metrics import UNKNOWN_MODEL
+from serve.recorder import Recorder
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from serve.gateway.service import Caller
 from serve.gateway.text_generation import TextGeneration
 from serve.gateway.text_wire import Choices, Envelope, TextFormat
 from serve.gateway.usage import fingerprint
-from serve.metrics import Recorder
+from serve.recorder import Recorder
 from serve.request import ModelCard
 from serve.text.tokenizer import Tokenizer
 

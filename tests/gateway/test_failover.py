@@ -14,7 +14,7 @@ from serve.errors import DeadlineExceeded, Draining, EngineDead, Overloaded, Qua
 from serve.events import DenoiseProgress, Event, Finished, ImagePreview, ImageReady, PromptScored, TokenDelta
 from serve.gateway.failover import MAX_LOST
 from serve.gateway.pool import Pool
-from serve.metrics import Recorder
+from serve.recorder import Recorder
 from serve.request import BeamParams, ImageRequest, SamplingParams, TextRequest
 
 REPLY = ids("the big grey dog and the cat ran")

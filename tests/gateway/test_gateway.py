@@ -17,8 +17,8 @@ from serve.channel_server import ChannelServer
 from serve.errors import ConfigError, EngineDead
 from serve.gateway.gateway import Gateway
 from serve.hub import Hub, HubClient
-from serve.metrics import Recorder
 from serve.options import GatewayOptions
+from serve.recorder import Recorder
 
 SECRET = b"0" * 32
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}

@@ -17,12 +17,13 @@ from image_device import ImageDevice, limits, make_scheduler
 from loadtest import http, together
 from loadtest.client import HttpError, Server
 from serve.engine.engine import Engine
+from serve.exposition import render
 from serve.gateway.server import GatewayServer
 from serve.image.backend import ImageBackend
 from serve.image.trajectory import ImageBatch, ImageOutput
-from serve.metrics import EngineObserver, Recorder, render
 from serve.options import GatewayOptions
 from serve.prefix_view import PrefixView
+from serve.recorder import EngineObserver, Recorder
 
 
 @contextlib.asynccontextmanager

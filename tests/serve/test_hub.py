@@ -14,7 +14,7 @@ from serve import hub as hub_module
 from serve import wire
 from serve.errors import Unavailable
 from serve.hub import Hub, HubClient, ReplicaEntry
-from serve.metrics import Recorder
+from serve.recorder import Recorder
 
 SECRET = b"s" * 32
 TOKENS = "tandem_output_tokens_total"

@@ -12,7 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.engine.interface import StepStats
 from serve.engine.job import Job
 from serve.events import FinishReason
-from serve.metrics import LATENCY_S, METRICS, EngineObserver, Recorder, Series, Snapshot, render
+from serve.exposition import render
+from serve.metrics import LATENCY_S, METRICS, Series, Snapshot
+from serve.recorder import EngineObserver, Recorder
 
 UNITS = ("seconds", "tokens", "rows", "bytes", "ratio", "blocks", "jobs", "info")
 

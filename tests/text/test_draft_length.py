@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from serve.metrics import EngineObserver, Recorder
+from serve.recorder import EngineObserver, Recorder
 from serve.replica import follow_speculation
 from serve.request import SamplingParams
 from serve.text.draft_length import FIRST_PROBES, PROBE_SHARE, AdaptiveLength
