@@ -77,6 +77,55 @@ class SpeculativeOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscalingOptions:
+    """Bounds and targets of a model's number of replicas. The rule is told in `serve/autoscaling.py`. Names are Ray
+    Serve's where the meaning is the same; what is not set here differs from its defaults."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    min_replicas: int = bounded(1, least=0, most=1024)
+    """0: none while nobody asks; the next request then waits for one to load."""
+    max_replicas: int = bounded(1, least=1, most=1024)
+    initial_replicas: int | None = bounded(None, least=1, most=1024)
+    """At the start. None: `min_replicas`, but one where that is 0, so that what cannot be loaded shows at once."""
+    target_wait_s: float = bounded(1.0, least=0.01, most=3600)
+    """How much longer than alone a newcomer may be predicted to take."""
+    target_attainment: float = bounded(0.95, least=0.5, most=1.0)
+    """Share of the time in which newcomers are to find that wait or less."""
+    target_utilization: float = bounded(0.7, least=0.1, most=1.0)
+    """Share of a replica's time that what is asked of it may take. At 0.7 a decode step takes 3.3 times what it takes
+    alone, and images wait 2.3 images."""
+    target_kv_cache_usage: float = bounded(0.8, least=0.1, most=1.0)
+    """Share of a replica's KV cache that unfinished work may hold."""
+    upscale_delay_s: float = bounded(2.0, least=0, most=3600)
+    """How long more replicas must be needed before they are started. From zero the first one starts at once."""
+    downscale_delay_s: float | None = bounded(None, least=0, most=86400)
+    """How long fewer must be enough before some are stopped. None: 60 s, or twice what a replica takes to load if that
+    is more. Never less than what it takes to load."""
+    downscale_to_zero_delay_s: float | None = bounded(None, least=0, most=86400)
+    """How long nothing must have been asked before the last one is stopped. None: `downscale_delay_s`."""
+    look_back_period_s: float = bounded(10.0, least=1, most=600)
+    """That load is averaged over."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, above max_replicas ({self.max_replicas}); raise max_replicas"
+            )
+        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ValueError(
+                f"initial_replicas is {self.initial_replicas}, not from min_replicas ({self.min_replicas}) to "
+                f"max_replicas ({self.max_replicas}); leave it out or change it"
+            )
+
+    @property
+    def num_initial(self) -> int:
+        """Replicas at the start."""
+        return max(1, self.min_replicas) if self.initial_replicas is None else self.initial_replicas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """One model and how its replicas compute it."""
 
@@ -101,8 +150,15 @@ class ModelOptions:
     """Compute threads of each rank of a replica. None: its share of the cores (cores / ranks of all replicas on this
     machine), but one for a model of less than 30 M parameters."""
     num_replicas: int = bounded(1, least=1, most=1024)
+    autoscaling_config: AutoscalingOptions | None = None
+    """As many replicas as the load asks for, instead of `num_replicas`: {"min_replicas": 0, "max_replicas": 4, ...}."""
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
+    num_gpus: float | None = bounded(None, least=0, most=1)
+    """GPUs that each rank of a replica reserves on Ray. None: 1 where `device` is cuda, else 0. Replicas with fractions
+    share one, each with its part of the memory (`gpu_memory_utilization`)."""
+    accelerator_type: str | None = None
+    """On Ray, only nodes with this GPU, by Ray's name for it (H100, L40S, ...). None: any."""
 
     tensor_parallel_size: int = bounded(1, least=1, most=1024)
     """Devices that share every layer: heads, feed-forward widths and the vocabulary are split over them. A replica has
@@ -158,10 +214,30 @@ class ModelOptions:
     max_inference_steps: int = bounded(250, least=1, most=10000, only="image")
     """Denoise steps of one image, `num_inference_steps`, at most."""
 
+    slo_ttft_s: float = bounded(2.0, least=0.001, most=86400, only="text")
+    """Time to the first token that this model promises. Promises are counted (`tandem_slo_requests_total`), for boards
+    and alerts; they change nothing else."""
+    slo_tpot_s: float = bounded(0.1, least=0.0001, most=86400, only="text")
+    """Promised time per output token after the first, as a request's mean."""
+    slo_image_s: float = bounded(60.0, least=0.01, most=86400, only="image")
+    """Promised time from an image request's head to its last image; a request's own shorter deadline comes first."""
+
     def __post_init__(self) -> None:
         check_bounds(self)
         if not self.model:
             raise ValueError("model is empty; give a folder, a hub id or the name of an embedded model")
+        if self.autoscaling_config is not None and self.num_replicas != 1:
+            raise ValueError(
+                f"num_replicas is {self.num_replicas}, but autoscaling_config sets how many there are; leave one of them "
+                f"out (initial_replicas is the number at the start)"
+            )
+        if self.num_gpus and self.device == "cpu":
+            raise ValueError(f"num_gpus is {self.num_gpus:g}, but device is 'cpu'; leave one of them out")
+        if self.num_gpus is not None and self.num_ranks > 1 and 0 < self.num_gpus < 1:
+            raise ValueError(
+                f"num_gpus is {self.num_gpus:g} and {self.name!r} has {self.num_ranks} ranks, each with a device of its "
+                f"own; leave num_gpus out"
+            )
         budget = self.max_num_batched_tokens
         if self.kind != "image" and budget is not None and budget < self.max_num_seqs:
             raise ValueError(
@@ -174,6 +250,11 @@ class ModelOptions:
         """Processes, each with a device of its own, that compute one replica together."""
         image = self.cfg_parallel_size * self.ulysses_degree
         return self.tensor_parallel_size * self.pipeline_parallel_size * image
+
+    @property
+    def gpus_per_rank(self) -> float:
+        """That a rank reserves on Ray."""
+        return self.num_gpus if self.num_gpus is not None else float(self.device == "cuda")
 
     @property
     def name(self) -> str:

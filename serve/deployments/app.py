@@ -72,16 +72,18 @@ def build_application(
 
 
 def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -> ray_serve.Deployment:
-    on_gpu = model.device == "cuda"
+    actor: dict[str, Any] = {"num_cpus": model.num_cpus, "num_gpus": model.gpus_per_rank}
     ranks: dict[str, Any] = {}
-    if model.num_ranks > 1:  # on one node if they fit one
+    if model.num_ranks == 1:
+        actor["accelerator_type"] = model.accelerator_type
+    else:  # on one node if they fit one
         ranks = {"placement_group_bundles": bundles(model), "placement_group_strategy": "PACK"}
     return _deployment(
         ReplicaDeployment,
         name=deployment_name(model),
         max_constructor_retry_count=max_failed_starts,
         num_replicas=model.num_replicas,
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": 1 if on_gpu else 0},
+        ray_actor_options=actor,
         # The engine batches what runs and bounds what waits; Serve must not hold requests back before it.
         max_ongoing_requests=model.max_num_seqs + model.max_num_waiting,
         graceful_shutdown_timeout_s=options.gateway.drain_timeout_s + SHUTDOWN_MARGIN_S,

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -28,8 +29,22 @@ from serve.ranks.spec import PeerSpec
 
 def bundles(model: ModelOptions) -> list[dict[str, float]]:
     """What a replica of `model` reserves: one bundle a rank, all alike."""
-    bundle = {"CPU": float(model.num_cpus), "GPU": 1.0} if model.device == "cuda" else {"CPU": float(model.num_cpus)}
+    bundle = {"CPU": float(model.num_cpus)}
+    if model.gpus_per_rank:
+        bundle["GPU"] = model.gpus_per_rank
+    if model.accelerator_type is not None:
+        bundle["accelerator_type:" + model.accelerator_type] = 0.001  # as Ray's own option asks for it
     return [bundle] * model.num_ranks
+
+
+def by_node(nodes: Mapping[int, str]) -> list[int]:
+    """Bundles, given the node of each, so that those of a node follow each other and the first stays the first.
+
+    The driver has the first bundle. It is the first rank of the last stage, so ranks that follow it around the circle
+    are its stage's, then those of the first stage, and so on: what sums at every layer shares a node, where it fits.
+    """
+    places = list(dict.fromkeys(nodes[bundle] for bundle in sorted(nodes)))
+    return sorted(nodes, key=lambda bundle: (places.index(nodes[bundle]), bundle))
 
 
 class PeerActor:
@@ -57,7 +72,8 @@ class RayLauncher:
         assert group is not None, "a replica of several ranks has a placement group"
         self._group = group
         self._resources = bundles(model)[0]
-        self._nodes = placement_group_table(group)["bundles_to_node_id"]
+        self._nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+        self._order = by_node(self._nodes)
         self._own_node = ray.get_runtime_context().get_node_id()
         is_spread = any(node != self._own_node for node in self._nodes.values())
         self.host = node_address() if is_spread else None
@@ -68,10 +84,10 @@ class RayLauncher:
         return ("cpu" if kind == "cpu" else "cuda:0",) * num_ranks
 
     def is_here(self, rank: int, driver_rank: int) -> bool:
-        return bool(self._nodes[_bundle(rank, driver_rank)] == self._own_node)
+        return bool(self._nodes[self._bundle(rank, driver_rank)] == self._own_node)
 
     def launch(self, spec: PeerSpec) -> PeerProcess:
-        bundle = _bundle(spec.rank, spec.driver_rank)
+        bundle = self._bundle(spec.rank, spec.driver_rank)
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         actor = (
             ray.remote(PeerActor)
@@ -91,6 +107,9 @@ class RayLauncher:
         """End all that it has launched."""
         for process in self._processes:
             process.kill()
+
+    def _bundle(self, rank: int, driver_rank: int) -> int:
+        return self._order[(rank - driver_rank) % len(self._order)]
 
 
 class _Actor:
@@ -136,8 +155,3 @@ class _Actor:
         with contextlib.suppress(RayError):
             return int(ray.get(self._pid))
         return None
-
-
-def _bundle(rank: int, driver_rank: int) -> int:
-    """The driver's is the first, whatever its rank."""
-    return 0 if rank == driver_rank else rank + 1 if rank < driver_rank else rank
