@@ -55,6 +55,8 @@ class _Life:
         self.incarnation = incarnation
         self.before = before
         self.snapshot = Snapshot("", ())
+        self.has_registered = False
+        """As a replica, in this life."""
         self.seen = now
 
     def totals(self) -> dict[tuple[str, tuple[str, ...]], Series]:
@@ -95,9 +97,12 @@ class Hub:
     def render(self) -> str:
         """The exposition text of all processes that have pushed within `expiry_s`."""
         self._forget_the_dead()
-        lives = sorted(self._lives.items())
-        own = self._recorder.snapshot()
-        return render([own, *(Snapshot(process, tuple(life.totals().values())) for process, life in lives)])
+        now = self._clock()
+        snapshots = [self._recorder.snapshot()]
+        for process, life in sorted(self._lives.items()):
+            age = Series("tandem_snapshot_age_seconds", (), (now - life.seen,))
+            snapshots.append(Snapshot(process, (*life.totals().values(), age)))
+        return render(snapshots)
 
     # -- for the members -------------------------------------------------------------------------------------------
 
@@ -127,6 +132,16 @@ class Hub:
         if life is None:  # it was silent for so long that its series had ended
             life = self._lives[member.process] = _Life(member.incarnation, {}, self._clock())
         life.snapshot, life.seen = snapshot, self._clock()
+
+    def register(self, member: _Member, entry: ReplicaEntry) -> None:
+        """A replica can be reached from now on; after a lost connection it says so again."""
+        member.entry = entry
+        life = self._lives.get(member.process)
+        if life is not None and not life.has_registered:
+            life.has_registered = True
+            self._recorder.admit(entry.model)
+            self._recorder.count("tandem_replica_starts_total", model=entry.model)
+        self.announce()
 
     def announce(self) -> None:
         """Tell everybody which replicas there are."""
@@ -175,8 +190,7 @@ class _Member:
         elif isinstance(frame, wire.Push):
             self._hub.push(self, frame.snapshot)
         elif isinstance(frame, wire.Register):
-            self.entry = frame.entry
-            self._hub.announce()
+            self._hub.register(self, frame.entry)
         elif isinstance(frame, wire.Scrape):
             self.connection.send(wire.Exposition(frame.number, self._hub.render()))
 

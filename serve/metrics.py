@@ -25,6 +25,9 @@ OUTCOMES = ("success", "invalid", "unavailable", "deadline", "cancelled", "faile
 REASONS = (*CODES, "unauthorized", "not_found", "too_large", "too_slow", "rate_limited", "too_many_connections")
 """Why a request was not accepted: an error's code, or what the HTTP edge found."""
 
+OBJECTIVES = ("availability", "ttft", "tpot", "image_deadline")
+"""What a model promises (`serve/gateway/promises.py`)."""
+
 UNKNOWN_MODEL = "unknown"
 """The `model` of requests that name none that is served."""
 MODEL: Labels = {"model": None}
@@ -113,6 +116,25 @@ METRICS: dict[str, Metric] = {
             "tandem_time_to_first_preview_seconds", "histogram",
             "From the request's head to its first preview of an image, at the gateway.", LATENCY_S,
         ),
+        _gateway(
+            "tandem_image_pixel_steps_total", "counter", "Width times height times denoise steps of images, as above."
+        ),
+        _gateway(
+            "tandem_slo_requests_total", "counter", "Requests that met or missed an objective of their model.",
+            labels={"model": None, "objective": OBJECTIVES, "verdict": ("met", "missed")},
+        ),
+        _gateway(
+            "tandem_tenant_requests_total", "counter", "Requests that ended, by the name of the caller's key.",
+            labels={"model": None, "tenant": None, "outcome": OUTCOMES},
+        ),
+        _gateway(
+            "tandem_tenant_tokens_total", "counter", "Prompt and generated tokens, by the name of the caller's key.",
+            labels={"model": None, "tenant": None, "direction": ("input", "output")},
+        ),
+        _gateway(
+            "tandem_tenant_images_total", "counter", "Finished images, by the name of the caller's key.",
+            labels={"model": None, "tenant": None},
+        ),
         _gateway("tandem_http_requests_in_flight", "gauge", "HTTP requests being answered.", labels={}),
         _replica("tandem_requests_running", "gauge", "Jobs in the running batch."),
         _replica("tandem_requests_waiting", "gauge", "Accepted jobs that wait for their first or next step."),
@@ -127,10 +149,22 @@ METRICS: dict[str, Metric] = {
             "From acceptance to the first step that computes the job.", LATENCY_S,
         ),
         _replica(
+            "tandem_request_prefill_time_seconds", "histogram",
+            "From a job's first step to its first output: a prompt's prefill, an image's encoding and first step.",
+            LATENCY_S,
+        ),
+        _replica(
+            "tandem_request_decode_time_seconds", "histogram", "From a job's first output to its end.", LATENCY_S
+        ),
+        _replica(
+            "tandem_request_engine_time_seconds", "histogram", "From a job's acceptance to its end.", LATENCY_S
+        ),
+        _replica(
             "tandem_cancel_to_free_seconds", "histogram",
             "From a cancellation to the end of the job in the engine.", LATENCY_S,
         ),
         _replica("tandem_step_seconds", "histogram", "An engine step, from submit to settled.", LATENCY_S),
+        _replica("tandem_canary_seconds", "histogram", "A proof that an idle engine still computes.", LATENCY_S),
         _replica("tandem_step_jobs", "histogram", "Jobs in a step: the batch size.", JOBS),
         _replica("tandem_step_tokens", "histogram", "Token positions computed in a step.", TOKENS),
         _replica("tandem_image_step_seconds", "histogram", "An engine step over images, by stage.", LATENCY_S, STAGE),
@@ -155,7 +189,14 @@ METRICS: dict[str, Metric] = {
         ),
         _replica("tandem_speculation_draft_tokens", "gauge", "Drafts a row of the last step; 0 where they do not pay."),
         _replica("tandem_model_info", "gauge", "1; what a replica serves, in its labels.", labels=CARD),
+        _replica("tandem_model_load_seconds", "gauge", "From the start of the replica's process to ready."),
         Metric("tandem_replicas", "gauge", ("hub",), MODEL, "Replicas that are registered and reachable."),
+        Metric(
+            "tandem_replica_starts_total", "counter", ("hub",), MODEL, "Replica processes that came up and registered."
+        ),
+        Metric(
+            "tandem_snapshot_age_seconds", "gauge", ("hub",), {}, "Since the process last pushed, as it does every second."
+        ),
         _process("tandem_process_info", "1; what a process is.", {"role": ("gateway", "replica", "hub"), "pid": None}),
         _process("tandem_process_start_time_seconds", "Unix time at which the process started.", {}),
         _process("tandem_process_resident_memory_bytes", "Resident memory of the process.", {}),

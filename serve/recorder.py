@@ -5,18 +5,19 @@ prometheus-client's own cells keep their values private, and these travel to the
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import psutil
 
 from serve.engine.interface import StepStats
 from serve.engine.job import Job
 from serve.events import FinishReason
-from serve.metrics import METRICS, UNKNOWN_MODEL, Metric, Role, Series, Snapshot
+from serve.metrics import METRICS, MODEL, UNKNOWN_MODEL, Metric, Role, Series, Snapshot
 from serve.request import ModelCard
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,16 @@ class Recorder:
         self.follow("tandem_process_resident_memory_bytes", lambda: float(own.memory_info().rss))
 
     def admit(self, model: str) -> None:
-        """Let `model` be a label from now on. Its series that need no other label start at zero."""
+        """Let `model` be a label from now on. Its counters start at zero, so that a rate sees the first event; so do
+        its histograms that need no other label."""
         if model in self.models:
             return
         self.models.add(model)
         for metric in METRICS.values():
-            if metric.kind != "gauge" and self._role in metric.roles and tuple(metric.labels) == ("model",):
-                self.cell(metric.name, model=model)
+            is_histogram = metric.kind == "histogram" and metric.labels == MODEL
+            if self._role in metric.roles and (is_histogram or metric.kind == "counter"):
+                for labels in _combinations(metric, model):
+                    self.cell(metric.name, **labels)
 
     def cell(self, name: str, **labels: str) -> Cell:
         """The series' cell, made at its first use. Raises ValueError for a name or a label value outside the table."""
@@ -107,6 +111,7 @@ class Recorder:
             parameters=str(card.num_parameters), max_model_len=str(card.max_model_len),
             kv_cache_tokens=str(card.kv_cache_tokens), threads=str(card.threads),
         )  # fmt: skip
+        self.set("tandem_model_load_seconds", card.load_s, model=card.name)
 
     def snapshot(self) -> Snapshot:
         for cell, read in self._followed:
@@ -129,6 +134,12 @@ class Recorder:
                 raise ValueError(f"{metric.name}: no model {value!r} is served here")
 
 
+def _combinations(metric: Metric, model: str) -> Iterator[dict[str, str]]:
+    """Every set of label values that `metric` can have for `model`; none where a label is not finite."""
+    values = [(model,) if label == "model" else allowed or () for label, allowed in metric.labels.items()]
+    return (dict(zip(metric.labels, chosen)) for chosen in itertools.product(*values))
+
+
 class EngineObserver:
     """Counts what an engine does: the engine's `Observer`, for any modality. Runs on the engine's thread."""
 
@@ -140,8 +151,12 @@ class EngineObserver:
         self._step_jobs = recorder.cell("tandem_step_jobs", model=model)
         self._step_tokens = recorder.cell("tandem_step_tokens", model=model)
         self._queue_time = recorder.cell("tandem_request_queue_time_seconds", model=model)
+        self._prefill_time = recorder.cell("tandem_request_prefill_time_seconds", model=model)
+        self._decode_time = recorder.cell("tandem_request_decode_time_seconds", model=model)
+        self._engine_time = recorder.cell("tandem_request_engine_time_seconds", model=model)
         self._image_steps: dict[str, tuple[Cell, Cell, Cell]] = {}
         """Stage → seconds, rows, latent tokens."""
+        self._canary_seconds = recorder.cell("tandem_canary_seconds", model=model)
         self._cancel_to_free = recorder.cell("tandem_cancel_to_free_seconds", model=model)
         self._ended = {
             reason: recorder.cell("tandem_jobs_total", model=model, reason=reason.value) for reason in FinishReason
@@ -176,5 +191,13 @@ class EngineObserver:
             self._ended[job.finish_reason].count()
         if job.first_scheduled is not None:
             self._queue_time.observe(job.first_scheduled - job.arrival)
+        if job.finished is not None:
+            self._engine_time.observe(job.finished - job.arrival)
+            if job.first_scheduled is not None and job.first_output is not None:
+                self._prefill_time.observe(job.first_output - job.first_scheduled)
+                self._decode_time.observe(job.finished - job.first_output)
         if job.finish_reason is FinishReason.CANCELLED and job.cancelled is not None and job.finished is not None:
             self._cancel_to_free.observe(job.finished - job.cancelled)
+
+    def on_canary(self, duration_s: float) -> None:
+        self._canary_seconds.observe(duration_s)

@@ -233,5 +233,10 @@ class ModelCard:
     """Text: whether a seed gives the same tokens again. Not where drafts are rejected by chance (`standard`)."""
     image: ImageLimits | None = None
     """Of an image model."""
+    slo_ttft_s: float = 2.0
+    slo_tpot_s: float = 0.1
+    """Text: what is promised."""
+    slo_image_s: float = 60.0
+    """Image: the same."""
     ranks: tuple[RankCard, ...] = ()
     """In their order, where several processes compute the model; empty: one does."""

@@ -1,7 +1,8 @@
 """API keys, and who may call without one.
 
-Keys are kept as hashes and compared in constant time, all of them for every request. What a path needs is decided from
-the path the router sees, exact names only, and everything not named here needs a key.
+Keys are kept as hashes and compared in constant time, all of them for every request. A key may be followed by a name,
+as in "KEY team-a", under which metrics count its caller. What a path needs is decided from the path the router sees,
+exact names only, and everything not named here needs a key.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,13 +24,18 @@ OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/docs", "/openapi.
 METRICS_PATH = "/metrics"
 ENVIRONMENT_KEY = "TANDEM_API_KEY"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+NO_KEY, UNNAMED = "none", "unnamed"
+"""Names of callers without a key, and of those whose key has no name."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Keys:
     """The keys of this server. Without any, everything is open."""
 
     def __init__(self, keys: Sequence[str], *, metrics_require_key: bool = False) -> None:
-        self._hashes = [_hash(key) for key in keys]
+        split = [key.split(maxsplit=1) for key in keys]
+        self._hashes = [_hash(key) for key, *_ in split]
+        self._names = {_tenant(_hash(key)): name for key, *names in split for name in names}
         self._open = OPEN_PATHS if metrics_require_key else OPEN_PATHS | {METRICS_PATH}
 
     @classmethod
@@ -48,12 +55,16 @@ class Keys:
         given = _hash(key.strip()) if scheme.lower() == "bearer" else b""
         matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all of them, always
         if any(matches):
-            return given.hex()[:16]
+            return _tenant(given)
         if path in self._open:
             return ""
         if not authorization:
             raise Unauthorized("an API key is required; send it as 'Authorization: Bearer KEY'")
         raise Unauthorized("the API key is not valid")
+
+    def name(self, tenant: str) -> str:
+        """What metrics call a caller that `tenant` has returned: one of a few names, never the key."""
+        return self._names.get(tenant, UNNAMED) if tenant else NO_KEY
 
 
 class Hosts:
@@ -108,7 +119,16 @@ def _collect(options: GatewayOptions, environment: Mapping[str, str]) -> list[st
         keys.append(environment[ENVIRONMENT_KEY])
     if any(not key.strip() or not key.isascii() or not key.isprintable() for key in keys):
         raise ConfigError("an API key is empty or holds other than printable ASCII characters")
+    for key in keys:
+        if (names := key.split()[1:]) and not (len(names) == 1 and _NAME.fullmatch(names[0])):
+            raise ConfigError(
+                "what follows an API key is its name: one word of at most 64 letters, digits, '.', '_' and '-'"
+            )
     return list(dict.fromkeys(keys))
+
+
+def _tenant(key_hash: bytes) -> str:
+    return key_hash.hex()[:16]
 
 
 def _hash(key: str) -> bytes:

@@ -10,6 +10,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.gateway.auth import NO_KEY
+
 _KEY = "tandem.context"
 
 
@@ -21,6 +23,8 @@ class RequestContext:
     started: float = field(default_factory=time.perf_counter)
     tenant: str = ""
     """A hash of the caller's API key; empty without keys."""
+    tenant_name: str = NO_KEY
+    """Metric label: the name that the key was given."""
     endpoint: str | None = None
     """Metric label; None for routes that are not counted (health, docs)."""
     model: str | None = None

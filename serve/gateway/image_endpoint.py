@@ -44,7 +44,7 @@ class ImageEndpoint:
         return Prepared(
             ImageGeneration(request, self._pool.submit, _names(body)),
             ImageFormat(request, shown),
-            ImageMeter(self._recorder, caller.context, request),
+            ImageMeter(self._recorder, card, caller.context, request),
         )
 
 

@@ -9,22 +9,26 @@ from serve.events import DenoiseProgress, ImagePreview
 from serve.gateway.choices import Piece
 from serve.gateway.context import RequestContext
 from serve.gateway.image_generation import ImageDone, ImagePiece
+from serve.gateway.promises import Promises
 from serve.gateway.telemetry import outcome_of
 from serve.gateway.text_generation import TextGeneration
 from serve.recorder import Recorder
-from serve.request import ImageRequest
+from serve.request import ImageRequest, ModelCard
 
 
 class TextMeter:
     """Tokens and their times, all prompts and choices."""
 
-    def __init__(self, recorder: Recorder, model: str, context: RequestContext, generation: TextGeneration) -> None:
-        recorder.admit(model)
+    def __init__(
+        self, recorder: Recorder, card: ModelCard, context: RequestContext, generation: TextGeneration
+    ) -> None:
+        recorder.admit(card.name)
         self._recorder = recorder
-        self._model = model
+        self._model = card.name
         self._context = context
         self._generation = generation
-        self._itl = recorder.cell("tandem_inter_token_latency_seconds", model=model)
+        self._promises = Promises(recorder, card)
+        self._itl = recorder.cell("tandem_inter_token_latency_seconds", model=card.name)
         self._first: float | None = None
         self._last: dict[int, float] = {}
         self._num_seen = 0
@@ -56,12 +60,20 @@ class TextMeter:
         self._count("tandem_output_tokens_total", tokens.completion)
         self._count("tandem_cached_tokens_total", tokens.cached)
         self._observe("tandem_request_output_tokens", tokens.completion)
+        for direction, number in (("input", tokens.prompt), ("output", tokens.completion)):
+            tenant = self._context.tenant_name
+            self._recorder.count(
+                "tandem_tenant_tokens_total", number, model=self._model, tenant=tenant, direction=direction
+            )
         if self._first is None:
+            self._promises.first_token(time.perf_counter() - self._context.started, error, has_come=False)
             return
-        self._context.figures["ttft_s"] = self._first - self._context.started
+        ttft_s = self._context.figures["ttft_s"] = self._first - self._context.started
+        self._promises.first_token(ttft_s, error, has_come=True)
         if self._num_seen > 1:
             per_token = (max(self._last.values()) - self._first) / (self._num_seen - 1)
             self._observe("tandem_request_time_per_output_token_seconds", per_token)
+            self._promises.later_tokens(per_token)
 
     def _count(self, name: str, value: float) -> None:
         self._recorder.count(name, value, model=self._model)
@@ -73,9 +85,10 @@ class TextMeter:
 class ImageMeter:
     """Images and their steps."""
 
-    def __init__(self, recorder: Recorder, context: RequestContext, request: ImageRequest) -> None:
-        recorder.admit(request.model)
+    def __init__(self, recorder: Recorder, card: ModelCard, context: RequestContext, request: ImageRequest) -> None:
+        recorder.admit(card.name)
         self._recorder = recorder
+        self._promises = Promises(recorder, card)
         self._context = context
         self._request = request
         self._steps = dict.fromkeys(range(request.n), 0)
@@ -102,7 +115,13 @@ class ImageMeter:
     def ended(self, error: BaseException | None) -> None:
         num_steps = sum(self._steps.values())
         self._context.figures["steps"] = num_steps
-        self._recorder.count("tandem_image_steps_total", num_steps, model=self._request.model)
+        model, num_pixels = self._request.model, self._request.width * self._request.height
+        self._recorder.count("tandem_image_steps_total", num_steps, model=model)
+        self._recorder.count("tandem_image_pixel_steps_total", num_steps * num_pixels, model=model)
+        self._recorder.count(
+            "tandem_tenant_images_total", self._num_done, model=model, tenant=self._context.tenant_name
+        )
+        self._promises.image(time.perf_counter() - self._context.started, error)
         for outcome, number in (("success", self._num_done), (outcome_of(error), self._request.n - self._num_done)):
             if number:
-                self._recorder.count("tandem_images_total", number, model=self._request.model, outcome=outcome)
+                self._recorder.count("tandem_images_total", number, model=model, outcome=outcome)

@@ -103,7 +103,9 @@ class Gate:
         if scope["type"] == "http":
             path = scope["path"]
             self._hosts.check(_header(scope, b"host"))
-            contexts.of(scope).tenant = self._keys.tenant(path, _header(scope, b"authorization"))
+            context = contexts.of(scope)
+            context.tenant = self._keys.tenant(path, _header(scope, b"authorization"))
+            context.tenant_name = self._keys.name(context.tenant)
             if self._drain.is_active and path not in PROBES:
                 raise Draining("the server is shutting down; send the request again to another one, or soon")
         await self._app(scope, receive, send)

@@ -17,6 +17,7 @@ from serve.gateway.errors import (
     RouteNotFound,
     Unauthorized,
 )
+from serve.gateway.promises import availability
 from serve.metrics import UNKNOWN_MODEL
 from serve.recorder import Recorder
 
@@ -46,7 +47,11 @@ class Telemetry:
             return
         model = self._model(context)
         recorder = self.recorder
-        recorder.count("tandem_requests_total", model=model, endpoint=context.endpoint, outcome=outcome_of(error))
+        outcome = outcome_of(error)
+        recorder.count("tandem_requests_total", model=model, endpoint=context.endpoint, outcome=outcome)
+        recorder.count("tandem_tenant_requests_total", model=model, tenant=context.tenant_name, outcome=outcome)
+        if context.endpoint in _GENERATING and context.model is not None:
+            availability(recorder, model, error)
         if isinstance(error, ClientGone):
             if context.is_accepted:
                 recorder.count("tandem_cancellations_total", model=model)

@@ -69,5 +69,5 @@ class TextEndpoint:
         return Prepared(
             generation,
             TextFormat(dialect.choices(body, prompts, asked, tokenizer, envelope), envelope, generation),
-            TextMeter(self._recorder, card.name, caller.context, generation),
+            TextMeter(self._recorder, card, caller.context, generation),
         )

@@ -99,6 +99,19 @@ def test_settled_options_need_neither_file_nor_environment(tmp_path):
         settle_keys(GatewayOptions(host="0.0.0.0"), {})
 
 
+def test_a_key_may_have_a_name_for_metrics(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("k1 team-a\nk2\n")
+    keys = Keys.load(GatewayOptions(api_key=("k3   team-b",), api_key_file=str(path)), {})
+    names = {key: keys.name(keys.tenant("/v1/models", f"Bearer {key}")) for key in ("k1", "k2", "k3")}
+    assert names == {"k1": "team-a", "k2": "unnamed", "k3": "team-b"}
+    assert keys.name("") == Keys([]).name("") == "none"
+    with pytest.raises(Unauthorized):
+        keys.tenant("/v1/models", "Bearer k1 team-a")
+    with pytest.raises(ConfigError, match="its name"):
+        Keys.load(GatewayOptions(api_key=("k4 two words",)), {})
+
+
 def test_keys_are_not_kept():
     keys = Keys(["super-secret"])
     assert "super-secret" not in repr(vars(keys))

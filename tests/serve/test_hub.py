@@ -107,6 +107,23 @@ def test_gateways_learn_of_replicas_that_come_and_go(address):
     run(test)
 
 
+def test_starts_of_replicas_are_counted_and_lost_connections_are_none(address):
+    async def test() -> None:
+        clock = Clock()
+        async with running(address, clock=clock), member(address, "gateway-0", recorder("gateway-0")) as gateway:
+            for _ in range(2):
+                async with member(address, "replica-0", recorder("replica-0")) as replica:
+                    await replica.register(entry("replica-0"))
+                    replica._connection.abort("as if the network had failed")
+                    replica._registered.clear()
+                    await replica._registered.wait()
+            assert samples(await gateway.render(), "tandem_replica_starts_total") == {"hub": 2}
+            clock.now += 3
+            assert samples(await gateway.render(), "tandem_snapshot_age_seconds") == {"gateway-0": 0, "replica-0": 3}
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
 def test_a_process_that_comes_back_replaces_its_older_connection(address):
     async def test() -> None:
         async with running(address) as hub, member(address, "replica-0") as old:
