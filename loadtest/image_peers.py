@@ -187,6 +187,8 @@ class _Observer:
 
     def on_finish(self, job: Job) -> None: ...
 
+    def on_canary(self, duration_s: float) -> None: ...
+
 
 def _picture(stream: Stream[Trajectory]) -> Picture:
     last = stream.take()[-1].pixels

@@ -176,7 +176,10 @@ class ModelOptions:
     max_num_waiting: int = bounded(1024, least=1, most=1 << 20)
     """Accepted requests that wait for their first step; beyond it requests are refused with a retry time."""
     step_timeout_s: float = bounded(300.0, least=1, most=86400)
-    """A step that takes longer makes the engine unhealthy."""
+    """A step that takes longer makes the engine unhealthy, as does work of which no step is completed for so long."""
+    canary_period_s: float = bounded(30.0, least=0.1, most=86400)
+    """An engine with nothing to do computes a canary so often, to find out that its device is lost before a request does.
+    It costs about one step; a newcomer may have to wait for it."""
 
     max_model_len: int | None = bounded(None, least=1, most=1 << 24, only="text")
     """Positions of one sequence. None: what the model was made for, at most what the KV cache holds."""
@@ -228,15 +231,15 @@ class ModelOptions:
             raise ValueError("model is empty; give a folder, a hub id or the name of an embedded model")
         if self.autoscaling_config is not None and self.num_replicas != 1:
             raise ValueError(
-                f"num_replicas is {self.num_replicas}, but autoscaling_config sets how many there are; leave one of them "
-                f"out (initial_replicas is the number at the start)"
+                f"num_replicas is {self.num_replicas}, but autoscaling_config sets how many there are; leave one of "
+                f"them out (initial_replicas is the number at the start)"
             )
         if self.num_gpus and self.device == "cpu":
             raise ValueError(f"num_gpus is {self.num_gpus:g}, but device is 'cpu'; leave one of them out")
         if self.num_gpus is not None and self.num_ranks > 1 and 0 < self.num_gpus < 1:
             raise ValueError(
-                f"num_gpus is {self.num_gpus:g} and {self.name!r} has {self.num_ranks} ranks, each with a device of its "
-                f"own; leave num_gpus out"
+                f"num_gpus is {self.num_gpus:g} and {self.name!r} has {self.num_ranks} ranks, each with its own "
+                f"device; leave num_gpus out"
             )
         budget = self.max_num_batched_tokens
         if self.kind != "image" and budget is not None and budget < self.max_num_seqs:
@@ -275,9 +278,10 @@ class GatewayOptions:
     num_gateways: int = bounded(1, least=1, most=64)
     """Gateway processes; with more than one they share the port (SO_REUSEPORT)."""
     api_key: tuple[str, ...] = ()
-    """Keys clients must send as `Authorization: Bearer …`. Also from TANDEM_API_KEY and `api_key_file`."""
+    """Keys clients must send as `Authorization: Bearer …`. Also from TANDEM_API_KEY and `api_key_file`. "KEY NAME"
+    gives a key a name, under which metrics count its caller."""
     api_key_file: str | None = None
-    """One key a line; a line that begins with # is a comment."""
+    """One key a line, with a name behind it or not; a line that begins with # is a comment."""
     allow_unauthenticated: bool = False
     """Bind other than loopback without keys."""
     metrics_require_key: bool = False

@@ -45,12 +45,16 @@ class ListObserver:
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
         self.finished: list[Job] = []
+        self.canaries: list[float] = []
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
     def on_finish(self, job: Job) -> None:
         self.finished.append(job)
+
+    def on_canary(self, duration_s: float) -> None:
+        self.canaries.append(duration_s)
 
 
 class Saboteur:

@@ -24,16 +24,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
 
 from serve.backend import Load
 from serve.engine.door import Door
+from serve.engine.flight import Flight
 from serve.engine.interface import B, DeviceFault, J, Observer, Pace, Runner, Scheduler, StepStats
 from serve.engine.job import Job, Status
 from serve.engine.load_meter import LoadMeter
+from serve.engine.pulse import Pulse
 from serve.engine.stream import Outbox, Stream
 from serve.engine.waiting import WaitingQueue
 from serve.errors import DeadlineExceeded, Draining, EngineDead, InvalidRequest, RequestFailed, TandemError
@@ -43,20 +44,6 @@ log = logging.getLogger(__name__)
 
 O = TypeVar("O")  # noqa: E741
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class Flight(Generic[J, B]):
-    """A batch on its way through the runner."""
-
-    batch: B
-    jobs: list[J]
-    launched: float
-    is_alone: bool
-    """One job, and nothing else in flight: a failure is that job's."""
-    handle: Any = None
-    departed: list[str] = field(default_factory=list)
-    """Jobs that ended when this was the last batch in flight: it may still use their tensors."""
 
 
 class Engine(Generic[J, B, O]):
@@ -75,14 +62,18 @@ class Engine(Generic[J, B, O]):
         clock: Callable[[], float] = time.monotonic,
         on_death: Callable[[BaseException], None] | None = None,
         idle_work: Callable[[], bool] | None = None,
+        canary_period_s: float | None = None,
     ):
         """`idle_work` does one small unit of what can wait, and says whether more is left. The engine's thread calls it
         while no job is here and nobody has said anything: a newcomer waits for one unit at most. Its failure is fatal.
+        After `canary_period_s` without anything to do the runner has to prove itself, again and again; None: never.
         """
         self._scheduler = scheduler
         self._runner = runner
         self._depth = depth
         self._step_timeout_s = step_timeout_s
+        self._canary_period_s = canary_period_s
+        self._pulse = Pulse(step_timeout_s, clock)
         self._observer = observer
         self._clock = clock
         self._on_death = on_death
@@ -99,7 +90,6 @@ class Engine(Generic[J, B, O]):
         self._meter = LoadMeter(pace)
 
         self._thread: threading.Thread | None = None
-        self._step_started: float | None = None
         self._is_draining = False
         self._is_closed = False
         self._death: str | None = None
@@ -117,6 +107,8 @@ class Engine(Generic[J, B, O]):
                 raise InvalidRequest(f"the job id {job.id!r} is in use; give every request its own", param="request_id")
             job.arrival = self._clock()
             self._door.enter(job.id, job.arrival)
+            if not self._streams:
+                self._pulse.beat()  # what was done before it came is no measure
             self._streams[job.id] = stream
             self._meter.arrive(job)
             self._inbox.put(partial(self._admit, job))
@@ -136,12 +128,10 @@ class Engine(Generic[J, B, O]):
         return self._meter.load()
 
     def check_health(self) -> None:
-        """Raise `EngineDead` when the engine has died, or when a step takes so long that it will not come back."""
+        """Raise `EngineDead` when the engine has died or does not go forward (`Pulse`)."""
         if self._death is not None:
             raise EngineDead(self._death)
-        started = self._step_started
-        if started is not None and self._clock() - started > self._step_timeout_s:
-            raise EngineDead(f"a step has been running for more than {self._step_timeout_s:g} s (step_timeout_s)")
+        self._pulse.check(has_jobs=bool(self._streams))
         if self._thread is not None and not self._thread.is_alive() and not self._is_closed:
             raise EngineDead("the engine's thread has ended")
 
@@ -174,9 +164,9 @@ class Engine(Generic[J, B, O]):
         if self._death is not None:
             return False
         try:
-            self._step_started = now = self._clock()
+            self._pulse.begin("a step")
             self._receive()
-            self._expire(now)
+            self._expire(self._clock())
             batch = self._schedule()
             if batch is not None:
                 self._launch(batch)
@@ -190,17 +180,27 @@ class Engine(Generic[J, B, O]):
             self._die(error)
             return False
         finally:
-            self._step_started = None
+            self._pulse.rest()
 
     def use_idle_time(self) -> bool:
         """Do one unit of idle work; False when there is none, or somebody waits. Called where `step` is."""
         if self._idle_work is None or not self._inbox.empty():
             return False
-        self._step_started = self._clock()  # a unit that hangs is a step that hangs
+        self._pulse.begin("a unit of idle work")
         if not self._idle_work():
             self._idle_work = None
-        self._step_started = None
+        self._pulse.rest()
         return True
+
+    def prove(self) -> None:
+        """Have the runner compute its canary: a device that was lost while nobody asked is found before somebody does.
+        No job, no block of the cache and no metric of requests knows of it. Raises what is wrong."""
+        began = self._clock()
+        self._pulse.begin("the canary")
+        self._runner.check()
+        self._pulse.rest()
+        if self._observer is not None:
+            self._tell(self._observer.on_canary, self._clock() - began)
 
     def _run(self) -> None:
         try:
@@ -209,9 +209,18 @@ class Engine(Generic[J, B, O]):
                     if self._is_closed:
                         return
                     if not self.use_idle_time():
-                        self._inbox.get()()  # sleep until somebody says something
+                        self._sleep()
         except BaseException as error:
             self._die(error)
+
+    def _sleep(self) -> None:
+        """Until somebody says something, or a canary is due."""
+        try:
+            message = self._inbox.get(timeout=self._canary_period_s)
+        except Empty:
+            self.prove()
+        else:
+            message()
 
     def _receive(self) -> None:
         """New jobs and cancellations."""
@@ -264,6 +273,7 @@ class Engine(Generic[J, B, O]):
             self._contain(flight, error)
         else:
             self._publish(flight, output)
+        self._pulse.beat()
         for job_id in flight.departed:
             self._runner.release(job_id)
 

@@ -133,7 +133,10 @@ class Runner(Protocol[B_contra, O_co]):
         ...
 
     def check(self) -> None:
-        """Canary: compute something small with a known answer; raise when the device can no longer be trusted."""
+        """Canary: compute something small with a known answer; raise when the device can no longer be trusted.
+
+        Called when a job has been convicted, and periodically while there is nothing to do. Touches nothing of any job.
+        """
         ...
 
 
@@ -185,4 +188,8 @@ class Observer(Protocol):
 
     def on_finish(self, job: Job) -> None:
         """A job ended, whatever its `finish_reason`."""
+        ...
+
+    def on_canary(self, duration_s: float) -> None:
+        """The runner has proved itself while there was nothing to do."""
         ...

@@ -123,6 +123,7 @@ def _build(
         created=int(time.time()),
         image=limits,
         ranks=ranks,
+        slo_image_s=options.slo_image_s,
     )
     log.info(
         "model ready model=%s device=%s dtype=%s threads=%d is_batched=%s size=%dx%d steps=%d load_s=%.1f",
@@ -175,6 +176,7 @@ def _engine(
         depth=int(device.type == "cuda") if depth is None else depth,
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
+        canary_period_s=options.canary_period_s,
         observer=observer,
         pace=ImagePace(scheduler.num_tokens),
         on_death=on_death,

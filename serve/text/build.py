@@ -178,6 +178,7 @@ def _build(
         depth=depth,
         max_waiting=options.max_num_waiting,
         step_timeout_s=options.step_timeout_s,
+        canary_period_s=options.canary_period_s,
         observer=observer,
         pace=TextPace(scheduler),
         on_death=on_death,
@@ -203,6 +204,8 @@ def _build(
         reasoning_parser=options.reasoning_parser,
         is_reproducible=speculation is None or speculation.rejection_sample_method != "standard",
         ranks=() if loading is None else loading.cards(options.block_size),
+        slo_ttft_s=options.slo_ttft_s,
+        slo_tpot_s=options.slo_tpot_s,
     )
     log.info(
         "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",

@@ -353,13 +353,18 @@ class TokenRunner:
 
     @torch.inference_mode()
     def _canary(self) -> torch.Tensor:
-        """Logits of a fixed prompt in the runner's own block, on the host."""
+        """Logits of a fixed prompt in the runner's own block, then of its last token once more as a decode that reads
+        the cache; on the host."""
         for planned in self._told:  # in order
             self._compute_model(planned)
         num_tokens = min(_CANARY_TOKENS, self._block_size)
         ids = [1 + i % (self.model.spec.vocab_size - 1) for i in range(num_tokens)]
-        places = list(range(num_tokens))
-        step = Step(ids, places, TokenLayout([num_tokens], [0], [self._own_table]), places, wants_all=True)
+        return torch.cat([self._canary_step(ids, 0), self._canary_step(ids[-1:], num_tokens - 1)])
+
+    def _canary_step(self, ids: list[int], start: int) -> torch.Tensor:
+        layout = TokenLayout([len(ids)], [start], [self._own_table])
+        wanted = list(range(len(ids)))
+        step = Step(ids, [start + i for i in wanted], layout, wanted, wants_all=True)
         planned = _Planned([], step, Proposed(), [], 0.0)
         if self.peers is not None:
             self.peers.tell(planned.step)

@@ -103,6 +103,68 @@ def test_a_failure_of_idle_work_ends_the_engine():
         engine.check_health()
 
 
+# -- canaries ------------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_engine_proves_itself_again_and_again_and_no_job_or_step_is_counted_for_it():
+    proofs, ended = threading.Semaphore(0), threading.Event()
+
+    class Watcher(ListObserver):
+        def on_canary(self, duration_s: float) -> None:
+            proofs.release()
+
+        def on_finish(self, job: Job) -> None:
+            ended.set()
+
+    bench = Bench(canary_period_s=0.001, observer=(observer := Watcher()))
+    before = bench.engine.load()
+    bench.engine.start()
+    assert all(proofs.acquire(timeout=10) for _ in range(3))
+    assert observer.steps == observer.finished == [] and bench.engine.load() == before
+    stream = bench.submit()
+    assert ended.wait(10)
+    assert tokens(stream) == undisturbed()
+    assert all(proofs.acquire(timeout=10) for _ in range(2))
+    bench.engine.close()
+
+
+def test_a_canary_that_fails_ends_the_engine():
+    ended = threading.Event()
+    bench = Bench(canary_period_s=0.001, on_death=lambda cause: ended.set())
+    bench.saboteur.is_device_lost = True
+    bench.engine.start()
+    assert ended.wait(10)
+    with pytest.raises(EngineDead):
+        bench.submit()
+    assert bench.observer.canaries == []
+
+
+def test_a_canary_that_hangs_makes_the_engine_unhealthy(monkeypatch):
+    hangs, may_return = threading.Event(), threading.Event()
+
+    def check() -> None:
+        hangs.set()
+        may_return.wait(10)
+
+    bench = Bench(canary_period_s=0.001, step_timeout_s=10.0)
+    monkeypatch.setattr(bench.runner, "check", check)
+    bench.engine.start()
+    assert hangs.wait(10)
+    bench.engine.check_health()
+    bench.clock.advance(11.0)
+    with pytest.raises(EngineDead, match=r"the canary .*\(step_timeout_s\)"):
+        bench.engine.check_health()
+    may_return.set()
+    bench.engine.close()
+
+
+def test_a_busy_engine_computes_no_canary():
+    bench = Bench(canary_period_s=0.001)
+    bench.submit(max_tokens=8)
+    bench.run()
+    assert bench.observer.canaries == [] and bench.saboteur.num_checks == 0
+
+
 # -- life ----------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +452,20 @@ def test_a_step_that_hangs_makes_the_engine_unhealthy():
     bench.engine.step()
     assert seen == ["healthy", "a step has been running for more than 10 s (step_timeout_s)"]
     bench.engine.check_health()
+
+
+def test_work_of_which_no_step_is_completed_makes_it_unhealthy_though_steps_come_and_go(monkeypatch):
+    bench = Bench(step_timeout_s=10.0)
+    bench.clock.advance(1000.0)  # idle for long: nothing to hold against it
+    bench.engine.check_health()
+    bench.submit()
+    monkeypatch.setattr(bench.scheduler, "schedule", lambda only=None: None)
+    for _ in range(2):
+        bench.engine.check_health()
+        bench.engine.step()
+        bench.clock.advance(6.0)
+    with pytest.raises(EngineDead, match="no step has been completed"):
+        bench.engine.check_health()
 
 
 def test_a_failing_observer_fails_no_job(caplog):
