@@ -34,6 +34,8 @@ class Load:
     """Predicted seconds for a unit of a newcomer's own work: a prompt position; a pixel of a row of a denoise step."""
     job_s: float = 0.0
     """Predicted seconds that a newcomer adds to `backlog_s` beside that work."""
+    offered_s: float = 0.0
+    """Predicted seconds of all the work accepted so far: by how much it grows in a second is what is asked for."""
 
 
 class EventStream(Protocol):

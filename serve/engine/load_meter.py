@@ -19,6 +19,8 @@ class LoadMeter:
         self._load = Load()
         self._settled = 0.0
         """When the last batch was."""
+        self._offered_s = 0.0
+        """Of all jobs that came after the first batch was settled; before that their costs are guesses."""
         self._arriving: dict[str, float] = {}
         """Job id → predicted cost, of those that `_load` does not count. Guarded by `_lock`."""
         self._admitted: list[str] = []
@@ -28,14 +30,17 @@ class LoadMeter:
     def load(self) -> Load:
         """As of the last step; what came in since counts as waiting, and its cost as backlog."""
         with self._lock:
-            load, costs = self._load, [*self._arriving.values()]
-        return replace(load, waiting=load.waiting + len(costs), backlog_s=load.backlog_s + sum(costs))
+            load, costs, offered_s = self._load, [*self._arriving.values()], self._offered_s
+        backlog_s = load.backlog_s + sum(costs)
+        return replace(load, waiting=load.waiting + len(costs), backlog_s=backlog_s, offered_s=offered_s)
 
     def arrive(self, job: Job) -> None:
         """Accepted; the scheduler hears of it at the next step."""
         cost_s = 0.0 if self._pace is None else self._pace.cost_s(job)
         with self._lock:
             self._arriving[job.id] = cost_s
+            if self._settled:
+                self._offered_s += cost_s
 
     def admit(self, job: Job) -> None:
         """The scheduler has it."""
