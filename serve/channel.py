@@ -4,8 +4,8 @@ Everything a step of the engine gives this gateway's streams comes as one frame.
 in fewer, larger pieces and holds up nobody. Closing a stream sends `Cancel` at once. When the connection ends, the
 streams raise `ReplicaLost`, or `Draining` where the replica had said that it would go.
 
-A request may reach the replica by another way than the channel (a `Carrier`: Ray's handle call, which stays open until
-the request has ended). It names the connection and the stream, and all else is the same.
+Requests and tokens take the channel alone. Whoever counts a replica's work by other means (Ray Serve, which must not
+end a replica that has some) is told by one call for all of it: an `Attend`, open while this gateway has streams there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from serve.request import ModelCard, Request
 
 log = logging.getLogger(__name__)
 
-Carrier = Callable[[str, int, Request], Awaitable[None]]
-"""(gateway_id, stream_id, request): brings the request to `ChannelServer.run` and returns when it has ended."""
+Attend = Callable[[str], Awaitable[None]]
+"""Given a connection's session id: calls `ChannelServer.attend` there, which returns soon after the last stream."""
+ATTEND_AGAIN_S = 1.0
+"""Before a call that failed is made again."""
 
 WINDOW = 64
 """Pieces of one stream that are sent and not yet taken by its reader. At 100 steps/s that is 0.6 s of output."""
@@ -45,7 +47,7 @@ class ChannelClient:
     """A replica as a `Backend`. Made by `connect`."""
 
     def __init__(
-        self, connection: Connection, session_id: str, carrier: Carrier | None, on_lost: Callable[[], None] | None
+        self, connection: Connection, session_id: str, attend: Attend | None, on_lost: Callable[[], None] | None
     ):
         self.replica_id = ""
         self.card: ModelCard
@@ -55,11 +57,11 @@ class ChannelClient:
         """The replica takes nothing new; what is open goes on."""
         self._connection = connection
         self._session_id = session_id
-        self._carrier = carrier
+        self._attend = attend
+        self._attending: asyncio.Task[None] | None = None
         self._on_lost = on_lost
         self._numbers = itertools.count(1)
         self._streams: dict[int, _Incoming] = {}
-        self._calls: dict[int, asyncio.Task[None]] = {}
         self._taken: dict[int, int] = {}
         self.prefixes = PrefixView()
         self._load = Load()
@@ -78,17 +80,17 @@ class ChannelClient:
         secret: bytes,
         gateway_id: str,
         on_lost: Callable[[], None] | None = None,
-        carrier: Carrier | None = None,
+        attend: Attend | None = None,
     ) -> ChannelClient:
         """Connect and learn what is served. `on_lost` is called once, when the connection ends by itself.
 
-        Raises ReplicaLost. Every connection has a session id of its own, which is what the carrier is given as the
-        gateway's: a call that outlives its connection can never meet a stream of the next one.
+        Raises ReplicaLost. Every connection has a session id of its own: a call that outlives its connection can never
+        meet a stream of the next one.
         """
         session_id = f"{gateway_id}/{secrets.token_hex(8)}"
         try:
             connection = await connect(address, secret=secret, purpose=PURPOSE, accepts=TO_CLIENT)
-            client = cls(connection, session_id, carrier, on_lost)
+            client = cls(connection, session_id, attend, on_lost)
             connection.attach(client)
             connection.send(wire.Hello(session_id))
             try:
@@ -100,6 +102,7 @@ class ChannelClient:
             raise ReplicaLost(f"the replica at {address} does not answer") from None
         except Unavailable as error:
             raise ReplicaLost(f"the replica at {address} cannot be reached: {error.message}") from None
+        client._be_attended()
         return client
 
     async def submit(self, request: Request) -> EventStream:
@@ -113,6 +116,7 @@ class ChannelClient:
         try:
             self._unreported[stream.number] = request.request_id
             self._send(stream, request)
+            self._be_attended()
             await stream.accepted
         except BaseException:
             await stream.aclose()
@@ -158,8 +162,6 @@ class ChannelClient:
         elif isinstance(frame, wire.Accepted):
             if (stream := self._streams.get(frame.stream)) is not None:
                 stream.accept()
-            else:  # closed before the carrier had brought the request there
-                self._connection.send(wire.Cancel(frame.stream))
         elif isinstance(frame, wire.Refused):
             self._fail(frame.stream, frame.failure.error())
         elif isinstance(frame, wire.Drain):
@@ -184,8 +186,8 @@ class ChannelClient:
         loss = Draining if self.is_draining else ReplicaLost  # an end that was announced is nobody's fault
         for number in list(self._streams):
             self._fail(number, loss(f"replica {self.replica_id!r} was lost: {reason}; send the request again"))
-        for call in self._calls.values():
-            call.cancel()
+        if self._attending is not None:
+            self._attending.cancel()
         if self._on_lost is not None:
             self._on_lost()
 
@@ -200,8 +202,6 @@ class ChannelClient:
         """Nobody reads stream `number` any more."""
         if self._forget(number) is not None and self.is_alive:
             self._connection.send(wire.Cancel(number))
-            if (call := self._calls.get(number)) is not None:
-                call.cancel()
 
     def _step(self, step: wire.Step) -> None:
         for number, events in step.events:
@@ -235,26 +235,26 @@ class ChannelClient:
         return stream
 
     def _send(self, stream: _Incoming, request: Request) -> None:
-        if self._carrier is not None:
-            call = asyncio.create_task(self._call(self._carrier, stream, request))
-            self._calls[stream.number] = call
-            call.add_done_callback(lambda _: self._calls.pop(stream.number, None))
-            return
         (packed,) = wire.REQUESTS.pack([request])
         try:
             self._connection.send(wire.Submit(stream.number, packed))
         except wire.FrameTooLarge as error:
             raise InvalidRequest(f"the request is too large to be sent to a replica: {error}") from None
 
-    async def _call(self, carrier: Carrier, stream: _Incoming, request: Request) -> None:
-        """Carry a request; its end comes over the channel, unless the call itself fails first."""
-        try:
-            await carrier(self._session_id, stream.number, request)
-        except TandemError as error:
-            self._fail(stream.number, error)
-        except Exception as error:
-            log.warning("call failed id=%s error=%s", request.request_id, type(error).__name__)
-            self._fail(stream.number, ReplicaLost(f"replica {self.replica_id!r} was lost: the call to it failed"))
+    def _be_attended(self) -> None:
+        """See that a call is open while there are streams."""
+        if self._attend is not None and (self._attending is None or self._attending.done()) and self.is_alive:
+            self._attending = asyncio.create_task(self._keep_attended(self._attend))
+
+    async def _keep_attended(self, attend: Attend) -> None:
+        while True:
+            try:
+                await attend(self._session_id)
+            except Exception as error:  # the streams are the channel's: they go on
+                log.warning("not attended id=%s error=%r", self.replica_id, error)
+                await asyncio.sleep(ATTEND_AGAIN_S)
+            if not self._streams:
+                return
 
 
 class _Incoming:

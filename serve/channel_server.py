@@ -20,7 +20,7 @@ from serve import wire
 from serve.backend import Backend, EventStream, Load
 from serve.channel import PURPOSE, TO_SERVER, WINDOW
 from serve.connection import Connection
-from serve.errors import Draining, ReplicaLost, RequestFailed, TandemError
+from serve.errors import Draining, RequestFailed, TandemError
 from serve.events import Event
 from serve.listener import Listener
 from serve.request import Request
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 0.1
 """Between two reports of a load that changes; until then gateways add their own estimate of what they have sent."""
+
+
+ATTENDED_S = 0.5
+"""For how long a connection without streams is attended: requests that follow each other make one call, not many."""
 
 
 class ChannelServer:
@@ -59,23 +63,12 @@ class ChannelServer:
         self._reporting = asyncio.create_task(self._report_load())
         return await self._listener.start(address)
 
-    async def run(self, gateway_id: str, stream_id: int, request: Request) -> None:
-        """Answer `request` as stream `stream_id` of that gateway's connection; return when the stream has ended.
-
-        Raises what refused it. Cancelling cancels the stream.
-        """
-        session = self.sessions.get(gateway_id)
-        if session is None:
-            raise ReplicaLost(f"replica {self.replica_id!r} has no connection to the gateway that sent the request")
-        outgoing = session.open(stream_id, request)
-        try:
-            await asyncio.wait({outgoing.task})
-        except asyncio.CancelledError:
-            session.fail(stream_id, ReplicaLost("the request's call was cancelled"))
-            outgoing.task.cancel()
-            raise
-        if outgoing.refusal is not None:
-            raise outgoing.refusal
+    async def attend(self, session_id: str) -> None:
+        """Return when that connection has had no stream for `ATTENDED_S`, or has ended."""
+        newest = -1
+        while (session := self.sessions.get(session_id)) is not None and (session.streams or session.newest != newest):
+            newest = session.newest
+            await asyncio.sleep(ATTENDED_S)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, tell every gateway, and return when the accepted ones have ended or time is up."""
@@ -110,14 +103,13 @@ class ChannelServer:
 class _Outgoing:
     """A stream on the server's side: the task that moves its events, and how far its reader is behind."""
 
-    __slots__ = ("credit", "refusal", "task", "window")
+    __slots__ = ("credit", "task", "window")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None]
         self.window = WINDOW
         self.credit = asyncio.Event()
         """Set when there may be room again."""
-        self.refusal: TandemError | None = None
 
 
 class _Session:
@@ -133,7 +125,7 @@ class _Session:
         self._failed: list[tuple[int, wire.Failure]] = []
         self.is_report_due = True
         self._reported: Load | None = None
-        self._newest = 0
+        self.newest = 0
         """The highest number of a stream so far."""
         self._told: int | None = None
         """The state of the digest that this gateway knows."""
@@ -154,15 +146,14 @@ class _Session:
                     outgoing.window += taken
                     outgoing.credit.set()
 
-    def open(self, stream: int, request: Request) -> _Outgoing:
+    def open(self, stream: int, request: Request) -> None:
         """Start answering. Raises Malformed when the stream exists."""
         if stream in self.streams:
             raise wire.Malformed(f"stream {stream} is opened twice")
-        self._newest = max(self._newest, stream)
+        self.newest = max(self.newest, stream)
         outgoing = self.streams[stream] = _Outgoing()
         outgoing.task = asyncio.create_task(self._answer(stream, outgoing, request))
         outgoing.task.add_done_callback(lambda _: self.streams.pop(stream, None))
-        return outgoing
 
     def fail(self, stream: int, error: TandemError) -> None:
         self._failed.append((stream, wire.Failure.of(error)))
@@ -206,7 +197,7 @@ class _Session:
         load = self._server.backend.load()
         if load != self._reported:
             self._reported = load
-            yield wire.encode(wire.LoadReport(load, self._newest))
+            yield wire.encode(wire.LoadReport(load, self.newest))
         digest = self._server.digest
         if digest is not None and (change := digest.since(self._told)) is not None:
             self._told = change.mark
@@ -240,8 +231,8 @@ class _Session:
                 raise Draining(f"replica {self._server.replica_id!r} is shutting down; send the request again")
             events = await self._server.backend.submit(request)
         except Exception as error:
-            outgoing.refusal = _as_tandem_error(error, request.request_id)
-            self.connection.send(wire.Refused(stream, wire.Failure.of(outgoing.refusal)))
+            refusal = wire.Failure.of(_as_tandem_error(error, request.request_id))
+            self.connection.send(wire.Refused(stream, refusal))
             return
         async with aclosing(events):
             self.connection.send(wire.Accepted(stream))

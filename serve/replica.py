@@ -153,7 +153,7 @@ def end_process(status: int) -> None:
 
 
 class Replica:
-    """Start, drain, close. `server` is the channel's end, for a carrier (`ChannelServer.run`)."""
+    """Start, drain, close. `server` is the channel's end."""
 
     def __init__(
         self,

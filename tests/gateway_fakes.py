@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from serve.backend import EventStream, Load
+from serve.errors import Draining
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, TokenLogprobs, Usage
 from serve.exposition import render
 from serve.gateway.app import build_app
@@ -94,6 +95,7 @@ class FakeBackend:
     card: ModelCard = field(default_factory=card)
     replica_id: str = "replica-0"
     is_alive: bool = True
+    is_draining: bool = False
     refusal: Exception | None = None
     fail_after: tuple[int, Exception] | None = None
     """Raise this after so many events."""
@@ -120,6 +122,8 @@ class FakeBackend:
         return _script(self, request, list(self.reply(request) if callable(self.reply) else self.reply))
 
     async def submit(self, request: Request) -> EventStream:
+        if self.is_draining:
+            raise Draining("going")
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal

@@ -6,19 +6,19 @@ times what the channel does, and the proxy accepts headers without limit.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from serve.channel import Carrier
-from serve.errors import ReplicaLost, TandemError
+from serve.channel import Attend
+from serve.deployments.router import ChosenReplicaRouter
 from serve.gateway.gateway import Gateway
 from serve.hub import ReplicaEntry
 from serve.logs import configure_logging
 from serve.options import GatewayOptions
-from serve.request import ModelCard, Request
+from serve.request import ModelCard
 
 
 class GatewayDeployment:
@@ -34,8 +34,10 @@ class GatewayDeployment:
             gateway_id=ray_serve.get_replica_context().replica_id.unique_id,
             secret=secret,
             hub_address=hub.address.remote,
-            carrier_for=self._carrier_for,
+            attend_for=self._attend_for,
         )
+        loop = asyncio.get_running_loop()
+        ChosenReplicaRouter.on_retired = lambda ids: loop.call_soon_threadsafe(self._gateway.retire, ids)
         self._url = await self._gateway.start()
 
     async def url(self) -> str:
@@ -56,18 +58,13 @@ class GatewayDeployment:
         """What Serve's HTTP proxy gets, where one runs: enough for a health probe."""
         return "tandem: the API is at " + self._url
 
-    def _carrier_for(self, entry: ReplicaEntry) -> Carrier | None:
-        """How a request reaches that replica: by a handle call that stays open until the request has ended."""
+    def _attend_for(self, entry: ReplicaEntry) -> Attend | None:
+        """A handle call that stays open at that replica as long as this gateway has streams there."""
         handle = self._models.get(entry.model)
         if handle is None:
             return None
 
-        async def carry(gateway_id: str, stream_id: int, request: Request) -> None:
-            try:
-                await handle.generate.remote(gateway_id, stream_id, request, replica_id=entry.replica_id)
-            except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, TandemError) else error from None
-            except RayActorError:
-                raise ReplicaLost(f"replica {entry.replica_id!r} ended; send the request again") from None
+        async def attend(session_id: str) -> None:
+            await handle.attend.remote(session_id, replica_id=entry.replica_id)
 
-        return carry
+        return attend

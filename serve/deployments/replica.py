@@ -1,7 +1,7 @@
 """A model's replica as a Ray Serve actor: `serve/replica.py` with Ray's view of its requests.
 
-Ray carries each request and its end, the channel carries the steps: `generate` returns when the request's stream has
-ended, so that Serve's accounting of ongoing requests, its draining and its cancellation mean what they say.
+Requests and their tokens take the channel. Serve knows of them by `attend`: each gateway with streams here has one call
+open, so that Serve does not end a replica that has work. To Serve a replica's ongoing requests are its busy gateways.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
 from serve.replica import Replica, build, end_process
-from serve.request import ModelCard, Request
+from serve.request import ModelCard
 
 
 class ReplicaDeployment:
@@ -48,14 +48,14 @@ class ReplicaDeployment:
         )
         await self._replica.start()
 
-    async def generate(self, gateway_id: str, stream_id: int, request: Request, *, replica_id: str) -> None:
-        """Run `request` as stream `stream_id` of that gateway's connection; return when the stream has ended.
+    async def attend(self, session_id: str, *, replica_id: str) -> None:
+        """Return soon after the last stream of that connection.
 
-        Raises ReplicaLost when Ray brought the request to another replica than the one whose channel waits for it.
+        Raises ReplicaLost when Serve brought the call here because it no longer, or not yet, has the replica it names.
         """
         if replica_id != self._id:
-            raise ReplicaLost(f"replica {replica_id!r} is gone; send the request again")
-        await self._replica.server.run(gateway_id, stream_id, request)
+            raise ReplicaLost(f"replica {replica_id!r} is not in service")
+        await self._replica.server.attend(session_id)
 
     async def card(self) -> ModelCard:
         return self._replica.card

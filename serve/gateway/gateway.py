@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection
 
-from serve.channel import Carrier, ChannelClient
+from serve.channel import Attend, ChannelClient
 from serve.errors import EngineDead
 from serve.gateway.app import build_app
 from serve.gateway.auth import LOOPBACK_NAMES, Keys, check_exposure
@@ -21,7 +21,7 @@ from serve.wire import ReplicaEntry
 
 
 class Gateway:
-    """Start, drain, close. `carrier_for` says how a request reaches a replica when not over the channel itself."""
+    """Start, drain, close. `attend_for` makes the call that tells others of this gateway's work at a replica."""
 
     def __init__(
         self,
@@ -30,13 +30,13 @@ class Gateway:
         gateway_id: str,
         secret: bytes,
         hub_address: Address,
-        carrier_for: Callable[[ReplicaEntry], Carrier | None] = lambda entry: None,
+        attend_for: Callable[[ReplicaEntry], Attend | None] = lambda entry: None,
     ) -> None:
         self._options = options
         self._gateway_id = gateway_id
         self._secret = secret
         self._hub_address = hub_address
-        self._carrier_for = carrier_for
+        self._attend_for = attend_for
         self._recorder = Recorder(gateway_id, "gateway")
         self._pool = Pool(self._connect, recorder=self._recorder)
         self._drain = Drain()
@@ -73,6 +73,10 @@ class Gateway:
         """Return when every one of `models` can be served from here."""
         await self._pool.meet(models)
 
+    def retire(self, replica_ids: Collection[str]) -> None:
+        """These replicas are about to end: they get nothing new from here."""
+        self._pool.retire(replica_ids)
+
     def check_health(self) -> None:
         """Raise when this process should be replaced."""
         if self._server is None or not self._server.is_listening:
@@ -98,7 +102,7 @@ class Gateway:
             secret=self._secret,
             gateway_id=self._gateway_id,
             on_lost=on_lost,
-            carrier=self._carrier_for(entry),
+            attend=self._attend_for(entry),
         )
 
 

@@ -53,6 +53,9 @@ _ELSEWHERE = (Overloaded, Draining, ReplicaLost, EngineDead)
 class Remote(Backend, Protocol):
     """A connected replica (`ChannelClient`)."""
 
+    is_draining: bool
+    """It takes nothing new."""
+
     @property
     def bundle(self) -> Mapping[str, bytes]: ...
 
@@ -130,6 +133,13 @@ class Pool:
             if replica_id not in self._members:
                 member = self._members[replica_id] = _Member(entry)
                 member.joining = asyncio.create_task(self._join(member))
+
+    def retire(self, replica_ids: Collection[str]) -> None:
+        """Send these nothing new; what is open there goes on."""
+        for replica_id in replica_ids:
+            member = self._members.get(replica_id)
+            if member is not None and member.remote is not None:
+                member.remote.is_draining = True
 
     @property
     def is_ready(self) -> bool:

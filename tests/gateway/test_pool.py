@@ -218,6 +218,20 @@ def test_dropped_replica_finishes_its_streams_and_gets_nothing_new():
         assert backend.num_closed == 1
 
 
+def test_retired_replica_finishes_its_streams_and_gets_nothing_new():
+    a, b = FakeBackend(replica_id="a"), FakeBackend(replica_id="b")
+
+    @with_pool(a, b)
+    async def _(pool, net):
+        stream = await pool.submit(request())
+        used, other = (a, b) if a.requests else (b, a)
+        pool.retire([used.replica_id, "one that was never met"])
+        for _ in range(4):
+            assert await read(await pool.submit(request())) > 0
+        assert (len(used.requests), len(other.requests)) == (1, 4)
+        assert await read(stream) > 0
+
+
 def test_closing_a_stream_twice_counts_once():
     backend = FakeBackend()
 

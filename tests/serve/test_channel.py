@@ -208,7 +208,7 @@ def test_streams_read_closed_and_abandoned_at_random_leave_nothing_behind(addres
             assert not [result for result in results if result and not isinstance(result, asyncio.CancelledError)]
             (session,) = server.sessions.values()
             await until(lambda: backend.num_open == 0 and not session.streams)
-            assert (client._streams, client._calls) == ({}, {}) and len(backend.requests) > 20
+            assert not client._streams and len(backend.requests) > 20
 
     run(test)
 
