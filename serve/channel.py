@@ -37,7 +37,7 @@ WINDOW = 64
 WELCOME_S = 10.0
 
 PURPOSE = "channel"
-TO_SERVER: frozenset[type[wire.Frame]] = frozenset({wire.Hello, wire.Submit, wire.Cancel, wire.Credit})
+TO_SERVER: frozenset[type[wire.Frame]] = frozenset({wire.Hello, wire.Submit, wire.Cancel, wire.Credit, wire.TurnedAway})
 TO_CLIENT: frozenset[type[wire.Frame]] = frozenset(
     {wire.Welcome, wire.Accepted, wire.Refused, wire.Step, wire.LoadReport, wire.PrefixReport, wire.Drain}
 )
@@ -131,6 +131,11 @@ class ChannelClient:
     def unreported(self) -> Collection[str]:
         """Ids of the requests sent since the last report."""
         return self._unreported.values()
+
+    def turn_away(self, work_s: float) -> None:
+        """Tell the replica of work that it would have got, had it not so much already."""
+        if self.is_alive:
+            self._connection.send(wire.TurnedAway(work_s))
 
     async def check_health(self) -> None:
         """Raise ReplicaLost when the connection has ended."""

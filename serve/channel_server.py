@@ -54,6 +54,8 @@ class ChannelServer:
         self.bundle = bundle
         self.replica_id = replica_id
         self.is_draining = False
+        self.turned_away_s = 0.0
+        """Seconds of work that gateways have refused because of the wait here."""
         self.sessions: dict[str, _Session] = {}
         self._listener = Listener(secret, PURPOSE, accepts=TO_SERVER, on_ready=self._meet)
         self._reporting: asyncio.Task[None] | None = None
@@ -137,6 +139,8 @@ class _Session:
             raise wire.Malformed("the first frame must be Hello")
         elif isinstance(frame, wire.Submit):
             self.open(frame.stream, wire.REQUESTS.unpack([frame.request])[0])
+        elif isinstance(frame, wire.TurnedAway):
+            self._server.turned_away_s += frame.work_s
         elif isinstance(frame, wire.Cancel):
             if (outgoing := self.streams.get(frame.stream)) is not None:
                 outgoing.task.cancel()

@@ -26,7 +26,7 @@ from serve.events import Event
 from serve.metrics import Snapshot
 from serve.request import ModelCard, Request
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a frame changes: processes of different versions refuse each other at once."""
 MAX_FRAME_BYTES = 64 << 20
 """Bounds what a peer can make this process hold. The largest frames are tokenizer bundles (about 20 MB today) and the
@@ -187,6 +187,12 @@ class Credit(Frame, frozen=True):
     taken: list[tuple[int, int]]
 
 
+class TurnedAway(Frame, frozen=True):
+    """Gateway → replica: so many seconds of work would have been sent here, had the wait not been too long."""
+
+    work_s: float
+
+
 class LoadReport(Frame, frozen=True):
     """Replica → gateway, when it has changed, ten times a second."""
 
@@ -249,7 +255,7 @@ class Exposition(Frame, frozen=True):
 
 
 FRAMES: tuple[type[Frame], ...] = (
-    Ping, Hello, Welcome, Submit, Accepted, Refused, Step, Cancel, Credit, LoadReport, PrefixReport, Drain,
+    Ping, Hello, Welcome, Submit, Accepted, Refused, Step, Cancel, Credit, TurnedAway, LoadReport, PrefixReport, Drain,
     Join, Push, Register, Entries, Scrape, Exposition,
 )  # fmt: skip
 """A frame's kind is its place here."""

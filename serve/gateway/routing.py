@@ -55,11 +55,16 @@ class Prediction:
     """A request at a candidate."""
 
     replica_id: str
-    cost_s: float
+    wait_s: float
+    """How much longer than alone it will take there."""
     work_s: float
     """What it adds to the backlog there."""
     keys: tuple[int, ...]
     """Of its prompt, as the replica will publish them."""
+
+    @property
+    def cost_s(self) -> float:
+        return self.wait_s + self.work_s
 
 
 class Router:
@@ -74,10 +79,11 @@ class Router:
         """Request id → what it adds to the backlog where it was sent."""
 
     def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Prediction]:
-        """All candidates, best first. An only one is not priced: hashing 8000 positions takes half a millisecond."""
-        if len(candidates) == 1:
-            return [Prediction(candidates[0].replica_id, candidates[0].load.backlog_s, 0.0, ())]
+        """All candidates, best first. An only one is not asked what it has cached: hashing 8000 positions takes half a
+        millisecond."""
         keys: dict[int, tuple[int, ...]] = {}
+        if len(candidates) == 1:
+            keys[candidates[0].prefixes.block_size] = ()
         now = self._clock()
         predictions = [self._place(request, candidate, keys, now) for candidate in candidates]
         least = min((prediction.cost_s for prediction in predictions), default=0.0)
@@ -124,7 +130,7 @@ class Router:
             num_cached = 0 if request.prompt_logprobs is not None else self._num_held(candidate, found, now)
             work_s += (len(request.prompt_token_ids) - num_cached * block_size) * load.unit_s
         sent_s = sum(self._work_s.get(request_id, 0.0) for request_id in candidate.unreported)
-        return Prediction(candidate.replica_id, load.backlog_s + sent_s + work_s, work_s, found)
+        return Prediction(candidate.replica_id, load.backlog_s + sent_s, work_s, found)
 
     def _num_held(self, candidate: Candidate, keys: tuple[int, ...], now: float) -> int:
         """How many leading blocks the candidate has, or was sent."""

@@ -51,9 +51,13 @@ def test_all_candidates_are_ranked_by_backlog():
     assert order(Router().rank(request(), [candidate("a", 3), candidate("b", 1), candidate("c", 2)])) == ["b", "c", "a"]
 
 
-def test_no_candidates_give_no_placements_and_an_only_one_is_taken_unpriced():
+def test_no_candidates_give_no_placements():
     assert Router().rank(request(), []) == []
-    assert Router().rank(request(), [candidate("a", 0.5)]) == [Prediction("a", 0.5, 0.0, ())]
+
+
+def test_an_only_candidate_is_priced_without_a_look_at_its_cache():
+    prediction = Prediction("a", wait_s=0.5, work_s=200 * UNIT_S, keys=())
+    assert Router().rank(request(range(200)), [candidate("a", 0.5, cached=range(96))]) == [prediction]
 
 
 def test_cost_is_backlog_and_what_is_not_cached():

@@ -120,6 +120,16 @@ def test_load_is_reported_on_change_with_what_it_counts(address):
     run(test)
 
 
+def test_work_that_was_turned_away_adds_up_at_the_replica(address):
+    async def test() -> None:
+        async with joined(FakeBackend(), address) as (server, client):
+            client.turn_away(0.5)
+            client.turn_away(2.0)
+            await until(lambda: server.turned_away_s == 2.5)
+
+    run(test)
+
+
 # -- cancelling ----------------------------------------------------------------------------------------------------
 
 

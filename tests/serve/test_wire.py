@@ -75,6 +75,7 @@ def test_requests_arrive_as_they_left(request):
         wire.Cancel(9),
         wire.Credit([(1, 32)]),
         wire.LoadReport(Load(running=1, waiting=2, tokens_waiting=300, memory=0.5, backlog_s=1.5), 7),
+        wire.TurnedAway(2.5),
         wire.PrefixReport(16, True, b"12345678", b""),
         wire.Drain(),
         wire.Join("gateway-0", "life"),
