@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable
@@ -31,7 +33,10 @@ class Listener:
         self._connections: set[Connection] = set()
 
     async def start(self, address: str) -> str:
-        """Listen; the actual address (port 0 becomes a free one). Raises ValueError and OSError."""
+        """Listen; the actual address: port 0 becomes a free one, FIRST-LAST the first free one of these. Raises
+        ValueError and OSError."""
+        if ports := re.fullmatch(r"(tcp:.+:)(\d+)-(\d+)", address):
+            return await self._start_in(ports[1], range(int(ports[2]), int(ports[3]) + 1))
         where = Address.parse(address)
         loop = asyncio.get_running_loop()
         if where.path:
@@ -42,6 +47,15 @@ class Listener:
             raise ValueError(f"address is {address!r}; name one address of this machine, not all of them")
         self._server = await loop.create_server(self._accept, where.host, where.port)
         return str(Address(host=where.host, port=self._server.sockets[0].getsockname()[1]))
+
+    async def _start_in(self, prefix: str, ports: range) -> str:
+        for port in ports:
+            try:
+                return await self.start(f"{prefix}{port}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        raise OSError(errno.EADDRINUSE, f"every port from {ports[0]} to {ports[-1]} is in use; give channel_ports more")
 
     async def aclose(self) -> None:
         """Stop listening and end every connection, sending what is due."""

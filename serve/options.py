@@ -178,8 +178,8 @@ class ModelOptions:
     step_timeout_s: float = bounded(300.0, least=1, most=86400)
     """A step that takes longer makes the engine unhealthy, as does work of which no step is completed for so long."""
     canary_period_s: float = bounded(30.0, least=0.1, most=86400)
-    """An engine with nothing to do computes a canary so often, to find out that its device is lost before a request does.
-    It costs about one step; a newcomer may have to wait for it."""
+    """An engine with nothing to do computes a canary so often, to find a lost device before a request does. It costs
+    about one step, which a newcomer may have to wait for."""
 
     max_model_len: int | None = bounded(None, least=1, most=1 << 24, only="text")
     """Positions of one sequence. None: what the model was made for, at most what the KV cache holds."""
@@ -302,9 +302,18 @@ class GatewayOptions:
     """A comment line on a silent stream; bounds how late a vanished client is noticed."""
     drain_timeout_s: float = bounded(30.0, least=0, most=86400)
     """How long a shutdown waits for running requests."""
+    channel_ports: str | None = None
+    """On Ray: FIRST-LAST, the TCP ports at which hub and replicas listen for gateways, for firewalls between nodes. A
+    node needs one for each of them that it may hold. None: any free ones."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.channel_ports is not None:
+            first, _, last = self.channel_ports.partition("-")
+            if not (first.isdecimal() and last.isdecimal() and 1024 <= int(first) <= int(last) <= 65535):
+                raise ValueError(
+                    f"channel_ports is {self.channel_ports!r}; give two ports from 1024 to 65535, as in 7000-7099"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

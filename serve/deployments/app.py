@@ -50,11 +50,11 @@ def build_application(
     `host` is where hub and replicas listen for them; None is each node's own address. `max_failed_starts`: of a
     deployment's first processes, before Serve gives the application up.
     """
-    secret = secrets.token_bytes(32)
-    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host)
+    secret, ports = secrets.token_bytes(32), options.gateway.channel_ports
+    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host, ports)
     total = sum(model.num_replicas for model in options.models)
     models = {
-        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, total)
+        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, ports, total)
         for model in options.models
     }
     gateway = _deployment(

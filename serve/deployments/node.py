@@ -11,6 +11,11 @@ def node_address() -> str:
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
 
 
+def listening_address(host: str | None, ports: str | None) -> str:
+    """For `Listener`: at `host`, or at this node's address; at one of `ports` (FIRST-LAST), or at a free one."""
+    return f"tcp:{host or node_address()}:{ports or 0}"
+
+
 def num_nodes() -> int:
     """Nodes that live now and can hold a replica."""
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) or 1

@@ -12,7 +12,7 @@ from functools import partial
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.deployments.node import node_address, num_nodes
+from serve.deployments.node import listening_address, num_nodes
 from serve.deployments.ranks import RayLauncher
 from serve.errors import ReplicaLost
 from serve.logs import configure_logging
@@ -25,9 +25,16 @@ class ReplicaDeployment:
     """One replica of one model. Its actor is healthy while its engine is; a dead engine ends the process."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, options: ModelOptions, secret: bytes, hub: DeploymentHandle, host: str | None, num_replicas: int
+        self,
+        options: ModelOptions,
+        secret: bytes,
+        hub: DeploymentHandle,
+        host: str | None,
+        ports: str | None,
+        num_replicas: int,
     ) -> None:
-        """`num_replicas`: of all models of the application, spread over the cluster's nodes."""
+        """`host`, `ports`: where it listens for gateways, as `listening_address` takes them. `num_replicas`: of all
+        models of the application, spread over the cluster's nodes."""
         configure_logging()
         launcher = RayLauncher(options) if options.num_ranks > 1 else None
 
@@ -42,7 +49,7 @@ class ReplicaDeployment:
             replica_id=self._id,
             secret=secret,
             hub_address=hub.address.remote,
-            address=f"tcp:{host or node_address()}:0",
+            address=listening_address(host, ports),
             build=partial(build, num_replicas_here=math.ceil(num_replicas / num_nodes()), launcher=launcher),
             exit=end,
         )

@@ -220,3 +220,17 @@ def test_a_short_secret_is_refused(address):
                 await ChannelClient.connect(actual, secret=b"short", gateway_id="gateway-0")
 
     run(test)
+
+
+def test_a_listener_takes_the_first_free_port_of_its_range_and_says_when_there_is_none():
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            first = taken.getsockname()[1]
+            full, wide = f"tcp:127.0.0.1:{first}-{first}", f"tcp:127.0.0.1:{first}-{min(first + 50, 65535)}"
+            server = ChannelServer(FakeBackend(), {}, secret=SECRET, replica_id="r")
+            with pytest.raises(OSError, match="every port from"):
+                await server.start(full)
+            assert first < wire.Address.parse(await server.start(wide)).port <= first + 50
+            await server.aclose()
+
+    run(test)
