@@ -1,4 +1,4 @@
-"""Where results go: `RESULT {json}` lines on the screen, and the same objects in a file."""
+"""Where the benchmarks' results go: `RESULT {json}` lines on the screen, and the same objects in a file."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ class Report:
         if self._path:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds, by the nearest rank."""
+    ranked = sorted(seconds)
+    if not ranked:
+        return {}
+    return {f"p{p}": round(1e3 * ranked[min(len(ranked) - 1, len(ranked) * p // 100)], 2) for p in (50, 90, 99)}

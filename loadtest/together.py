@@ -25,11 +25,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from loadtest import http
 from loadtest.client import Server
-from loadtest.report import Report
+from loadtest.measure.outcome import Outcome
+from loadtest.report import Report, percentiles
+from loadtest.targets.openai import OpenAIServer, Protocol
+from loadtest.targets.target import Failed, Spool
+from loadtest.traffic.ask import TextAsk
+from loadtest.traffic.words import Words
 
 IMAGES = "/v1/images/generations"
+PROMPT_WORDS = 16
 PUSH_S = 1.2
 """Every process tells the hub its metrics about once a second."""
 SETTLE_S = 30.0
@@ -58,19 +63,19 @@ async def main(arguments: list[str] | None = None) -> None:
 class Tally:
     """What the streams of a phase saw, those that were cut off at its end too."""
 
-    chats: list[http.Result] = field(default_factory=list)
+    chats: list[Outcome] = field(default_factory=list)
     steps_s: list[float] = field(default_factory=list)
     images_s: list[float] = field(default_factory=list)
     """From the request to the finished image."""
 
     def row(self, seconds: float) -> dict[str, Any]:
-        gaps = [gap for chat in self.chats for gap in chat.gaps]
+        gaps = [gap for chat in self.chats for gap in chat.itls]
         row: dict[str, Any] = {}
         if gaps:
-            row = {"chat_itl_ms": http.percentiles(gaps), "chat_chunks_s": (len(gaps) + len(self.chats)) / seconds}
+            row = {"chat_itl_ms": percentiles(gaps), "chat_chunks_s": (len(gaps) + len(self.chats)) / seconds}
         if self.steps_s:
-            row |= {"image_step_ms": http.percentiles(self.steps_s), "image_steps_s": len(self.steps_s) / seconds}
-            row |= {"image_e2e_ms": http.percentiles(self.images_s), "images_s": len(self.images_s) / seconds}
+            row |= {"image_step_ms": percentiles(self.steps_s), "image_steps_s": len(self.steps_s) / seconds}
+            row |= {"image_e2e_ms": percentiles(self.images_s), "images_s": len(self.images_s) / seconds}
         return row
 
 
@@ -91,14 +96,18 @@ async def run(streams: list[Stream], tally: Tally, seconds: float) -> None:
 
 
 async def chat_stream(server: Server, args: argparse.Namespace, tally: Tally) -> None:
-    """The requests of `loadtest.http`."""
-    load = http.parser().parse_args(["--model", args.chat_model, "--output-len", str(args.output_len)])
+    """Chats of `PROMPT_WORDS` random words and exactly `--output-len` tokens."""
+    protocol = Protocol(model=args.chat_model, ignore_eos=True, sampling={"temperature": 0.0})
+    target, words, source = OpenAIServer(server, protocol, Spool()), Words.uncounted(), random.Random()
     while True:
-        chat = http.Result(time.perf_counter())
+        prompt = words.prompt(PROMPT_WORDS, source)
+        ask = TextAsk(prompt=prompt, num_prompt=PROMPT_WORDS, num_output=args.output_len, seed=source.getrandbits(31))
+        chat = Outcome(len(tally.chats), ask, time.perf_counter())
         tally.chats.append(chat)
-        await http.request(server, http.make_body(load, random.Random()), load, chat)
-        if chat.error:
-            raise RuntimeError(f"chat failed: {chat.error}")
+        try:
+            await target.send(target.prepare(ask), chat, 0.0)
+        except Failed as error:
+            raise RuntimeError(f"chat failed: {error}") from None
 
 
 async def image_stream(server: Server, args: argparse.Namespace, tally: Tally) -> None:

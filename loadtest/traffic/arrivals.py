@@ -71,11 +71,20 @@ def staged(stages: Sequence[Stage], *, burstiness: float = 1.0, seed: int = 0) -
         began_s += stage.duration_s
 
 
-def first(offsets: Iterator[float], *, count: int | None, duration_s: float | None) -> list[float]:
+def replayed(recorded: Sequence[float], speed: float = 1.0) -> Iterator[float]:
+    """The offsets of a trace, `speed` times as fast; over and over, one mean gap between the end and the beginning."""
+    period = recorded[-1] * len(recorded) / max(1, len(recorded) - 1) or 1.0
+    begin = 0.0
+    while True:
+        yield from ((begin + offset) / speed for offset in recorded)
+        begin += period
+
+
+def first(offsets: Iterator[float], *, num: int | None, duration_s: float | None) -> list[float]:
     """Those within both limits; None is no limit."""
     if duration_s is not None:
         offsets = takewhile(lambda offset: offset < duration_s, offsets)
-    return list(islice(offsets, count))
+    return list(islice(offsets, num))
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:

@@ -1,4 +1,4 @@
-"""Recorded traffic, read from the files that others publish: who asked when, for how much. No prompts: traces have none.
+"""Recorded traffic, read from the files that others publish: who asked when, for how much. Traces hold no prompts.
 
     azure      AzureLLMInferenceTrace_*.csv (Patel et al., Splitwise, 2024): TIMESTAMP,ContextTokens,GeneratedTokens,
                TIMESTAMP as `2023-11-16 18:15:46.6805900`
