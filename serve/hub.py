@@ -149,7 +149,9 @@ class Hub:
         for model in {entry.model for entry in entries}:
             self._recorder.admit(model)
         for model in self._recorder.models - {UNKNOWN_MODEL}:
-            self._recorder.set("tandem_replicas", sum(entry.model == model for entry in entries), model=model)
+            self._recorder.set(
+                "tandem_replicas", sum(entry.model == model and entry.address != "" for entry in entries), model=model
+            )
         for member in self._members:
             member.connection.send(wire.Entries(entries))
 
@@ -239,17 +241,18 @@ class HubClient:
         secret: bytes,
         process: str,
         recorder: Recorder | None = None,
+        timeout_s: float = CONNECT_S,
     ) -> HubClient:
         """Join the hub as `process`, whose `recorder` is pushed from now on.
 
-        Raises Unavailable when the hub cannot be reached at first; later it is tried for ever.
+        Raises Unavailable when the hub cannot be reached at first, for `timeout_s`; later it is tried for ever.
         """
         if isinstance(address, str):
             wire.Address.parse(address)
         client = cls(address, secret, process, recorder)
         client._tasks = [asyncio.create_task(client._stay_connected()), asyncio.create_task(client._push_regularly())]
         try:
-            await asyncio.wait_for(client._connected.wait(), CONNECT_S)
+            await asyncio.wait_for(client._connected.wait(), timeout_s)
         except BaseException as error:
             await client.aclose()
             if isinstance(error, TimeoutError):

@@ -11,16 +11,20 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 
+from serve.autoscaling import Signals
 from serve.backend import Backend
 from serve.channel_server import ChannelServer
+from serve.demand import SAMPLE_PERIOD_S, Demand
 from serve.errors import EngineDead
+from serve.fingerprint import fingerprint
 from serve.hub import Address, HubClient, ReplicaEntry
 from serve.model_folder import find_model
 from serve.options import ModelOptions
@@ -37,6 +41,8 @@ EXIT_STATUS = 70
 LAST_WORDS_S = 0.5
 """Between an engine's death and its process's end: the streams' errors leave."""
 WATCH_PERIOD_S = 1.0
+HUB_S = 120.0
+"""For the hub to be there: on a cluster it is started at the same time, on a node that may be slow."""
 
 OnDeath = Callable[[BaseException], None]
 
@@ -49,6 +55,8 @@ class Served:
     bundle: dict[str, bytes]
     digest: PrefixDigest | None = None
     """Of cached prefixes, where there are any."""
+    fingerprint: str = ""
+    """Of model and config."""
 
 
 def build(
@@ -65,7 +73,9 @@ def build(
     several; None: as processes of this machine.
     """
     folder, kind = find_model(options)
-    return BUILDERS[kind](options, folder, num_replicas_here, observer, on_death, launcher)
+    mark = fingerprint(options, folder)  # of the files as they are now: they may be replaced while this one serves
+    served = BUILDERS[kind](options, folder, num_replicas_here, observer, on_death, launcher)
+    return replace(served, fingerprint=mark)
 
 
 def _build_text(
@@ -176,6 +186,8 @@ class Replica:
         self._is_closed = False
         self._hub: HubClient | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._observing: asyncio.Task[None] | None = None
+        self._demand: Demand | None = None
         self.server: ChannelServer
 
     @property
@@ -183,8 +195,29 @@ class Replica:
         return self.server.backend.card
 
     async def start(self) -> None:
-        """Load the model, listen, and tell the hub. Raises ConfigError and Unavailable."""
+        """Load the model, listen, and tell the hub: at first that one is coming, then where it is.
+
+        Raises ConfigError and Unavailable."""
         recorder = Recorder(self._replica_id, "replica")
+        announcing = asyncio.create_task(self._announce(recorder))
+        try:
+            await self._load(recorder, announcing)
+        except BaseException:
+            announcing.cancel()
+            if self._hub is not None:
+                await self._hub.aclose()
+            raise
+
+    async def _announce(self, recorder: Recorder) -> HubClient:
+        """Beside the loading, for the hub may come up later than this process."""
+        hub = self._hub = await HubClient.connect(
+            self._hub_address, secret=self._secret, process=self._replica_id, recorder=recorder, timeout_s=HUB_S
+        )
+        await hub.register(ReplicaEntry(self._replica_id, self._options.name, self._options.kind or "", address=""))
+        return hub
+
+    async def _load(self, recorder: Recorder, announcing: asyncio.Task[HubClient]) -> None:
+        began = time.monotonic()
         observer = EngineObserver(recorder, self._options.name)
         served = await asyncio.to_thread(self._build, self._options, observer, self._on_death)
         backend = served.backend
@@ -197,12 +230,17 @@ class Replica:
             backend, served.bundle, secret=self._secret, replica_id=self._replica_id, digest=served.digest
         )
         address = await self.server.start(self._address)
-        self._hub = await HubClient.connect(
-            self._hub_address, secret=self._secret, process=self._replica_id, recorder=recorder
-        )
-        await self._hub.register(ReplicaEntry(self._replica_id, backend.card.name, backend.card.kind, address))
+        card, hub = backend.card, await announcing
+        await hub.register(ReplicaEntry(self._replica_id, card.name, card.kind, address, served.fingerprint))
         self._watching = asyncio.create_task(self._watch())
-        log.info("replica ready id=%s model=%s address=%s", self._replica_id, backend.card.name, address)
+        if self._options.autoscaling_config is not None:
+            self._demand = Demand(self._options.autoscaling_config, load_s=time.monotonic() - began)
+            self._observing = asyncio.create_task(self._observe(self._demand))
+        log.info("replica ready id=%s model=%s address=%s", self._replica_id, card.name, address)
+
+    def signals(self) -> Signals:
+        """What scales a model with an `autoscaling_config`; of any other there is nothing to say."""
+        return Signals() if self._demand is None else self._demand.signals()
 
     async def check_health(self) -> None:
         """Raise EngineDead when the engine can no longer serve."""
@@ -215,12 +253,18 @@ class Replica:
     async def aclose(self) -> None:
         """Leave the hub, end the streams that are left and the engine."""
         self._is_closed = True
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in (self._watching, self._observing):
+            if task is not None:
+                task.cancel()
         if self._hub is not None:
             await self._hub.aclose()
         await self.server.aclose()
         await self.server.backend.aclose()
+
+    async def _observe(self, demand: Demand) -> None:
+        while True:
+            demand.observe(self.server.backend.load(), time.monotonic(), refused_s=self.server.turned_away_s)
+            await asyncio.sleep(SAMPLE_PERIOD_S)
 
     async def _watch(self) -> None:
         """Notice what the engine's thread cannot say itself: that it hangs."""

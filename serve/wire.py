@@ -125,7 +125,11 @@ class ReplicaEntry:
     replica_id: str
     model: str
     kind: str
+    """Empty while it is not known."""
     address: str
+    """Empty while the model is loaded: there is nothing to connect to, but there will be."""
+    fingerprint: str = ""
+    """Of model and config (`serve/fingerprint.py`)."""
 
 
 class Ping(Frame, frozen=True):

@@ -83,8 +83,10 @@ def card(name: str = "tiny", **fields: Any) -> ModelCard:
     return ModelCard(name=name, **{**values, **fields})
 
 
-def entry(replica_id: str, model: str = "tiny", address: str = "memory", kind: str = "text") -> ReplicaEntry:
-    return ReplicaEntry(replica_id=replica_id, model=model, kind=kind, address=address)
+def entry(
+    replica_id: str, model: str = "tiny", address: str = "memory", kind: str = "text", fingerprint: str = ""
+) -> ReplicaEntry:
+    return ReplicaEntry(replica_id=replica_id, model=model, kind=kind, address=address, fingerprint=fingerprint)
 
 
 @dataclass

@@ -24,6 +24,11 @@ class Delivered(Protocol):
         ...
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything has been passed on that another model would have told otherwise."""
+        ...
+
+    @property
     def is_exact(self) -> bool:
         """Whether the rest fits what has been passed on."""
         ...
@@ -60,6 +65,10 @@ class DeliveredText:
     @property
     def is_complete(self) -> bool:
         return len(self._ended) == self._request.n
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._ended) or any(self._tokens) or self._is_scored
 
     @property
     def is_exact(self) -> bool:
@@ -127,6 +136,10 @@ class DeliveredImages:
     @property
     def is_complete(self) -> bool:
         return len(self._ended) == self._request.n
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._previews or self._ready or self._ended)
 
     @property
     def is_exact(self) -> bool:

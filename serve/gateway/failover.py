@@ -4,6 +4,9 @@ The client's stream makes a pause and goes on with the tokens it would have had:
 placement, and the sampler is keyed by seed and position. What the channel had delivered counts as generated, what was
 lost on the way is generated again. A replica that drains and does not get done is left in the same way.
 
+What was begun on one model and config is never continued on others, as after an update: then only replicas of equal
+fingerprint will do, unless nothing has been shown yet.
+
 A request whose replicas keep dying may be what kills them: after `MAX_LOST` it is given up, with an error of its own.
 """
 
@@ -34,6 +37,8 @@ class Placement:
     """A request at a replica that has accepted it."""
 
     replica_id: str
+    fingerprint: str
+    """Of the replica's model and config."""
     stream: EventStream
     leave: Callable[[], None]
     """Called once when the stream is of no use any more."""
@@ -42,8 +47,11 @@ class Placement:
 class Placer(Protocol):
     """Who finds replicas (`Pool`)."""
 
-    async def place_again(self, request: Request, lost: list[str], until: float | None) -> Placement:
-        """Wait for a replica to accept, not beyond the loop's time `until`. `lost` takes those that die meanwhile."""
+    async def place_again(
+        self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
+    ) -> Placement:
+        """Wait for a replica to accept, not beyond the loop's time `until`. `lost` takes those that die meanwhile.
+        `fingerprint`: only replicas of that one; None: any."""
         ...
 
     def moved(self, request: Request) -> None: ...
@@ -114,7 +122,8 @@ class PlacedStream:
                 f"the same ones; rejection_sample_method: coupled would)"
             ) from None
         self._num_moves += 1
-        new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until)
+        fingerprint = placement.fingerprint if self._delivered.has_begun else None
+        new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until, fingerprint)
         log.warning(
             "request moved id=%s from=%s to=%s loss=%s pause_s=%.3f",
             *(self._request.request_id, placement.replica_id, new.replica_id, loss.code, loop.time() - began),

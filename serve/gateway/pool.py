@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.1
 MAX_RETRY_S = 5.0
 FAILOVER_WAIT_S = 30.0
-"""How long a request that has lost its replica waits for one that takes it. A replica of a small model is started again
-in 5 s; a client is not kept for the minutes that large weights take."""
+"""How long a request that has lost its replica waits for one that takes it, since the last time that one was known to
+load: a dead process is back and loading in 5 s (30 s on a busy Ray), large weights then take their minutes."""
 MAX_KNOCK_S = 1.0
 """Pause between two tries at replicas that are full."""
 _ELSEWHERE = (Overloaded, Draining, ReplicaLost, EngineDead)
@@ -84,6 +84,8 @@ class _Member:
     entry: ReplicaEntry
     remote: Remote | None = None
     joining: asyncio.Task[None] | None = None
+    digest: bytes = b""
+    """Of its tokenizer's files."""
     num_open: int = 0
     is_dropped: bool = False
 
@@ -118,13 +120,16 @@ class Pool:
         self._models: dict[str, _Model] = {}
         self._expected: dict[str, str] = {}
         """Models the hub names, connected or not, and their kind."""
+        self._loading: list[ReplicaEntry] = []
+        """Replicas that are coming."""
         self._closing: set[asyncio.Task[None]] = set()
         self._joined = asyncio.Event()
         """Set, and replaced by a new one, whenever a replica joins."""
 
     def update(self, entries: Sequence[ReplicaEntry]) -> None:
         """The hub's list: connect to new replicas, drop the others once their streams have ended."""
-        named = {entry.replica_id: entry for entry in entries}
+        named = {entry.replica_id: entry for entry in entries if entry.address}
+        self._loading = [entry for entry in entries if not entry.address]
         self._expected |= {entry.model: entry.kind for entry in entries}
         for replica_id, member in list(self._members.items()):
             if named.get(replica_id) != member.entry:
@@ -143,8 +148,9 @@ class Pool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some model can be served."""
-        return any(_is_up(member) for member in self._members.values())
+        """Whether some replica takes new requests."""
+        remotes = (member.remote for member in self._members.values())
+        return any(remote is not None and remote.is_alive and not remote.is_draining for remote in remotes)
 
     async def meet(self, models: Collection[str]) -> None:
         """Return when every one of `models` can be served from here."""
@@ -187,7 +193,9 @@ class Pool:
         seen = delivered(request, self._models[request.model].card)
         return PlacedStream(request, placement, self, seen, lost, began)
 
-    async def place_again(self, request: Request, lost: list[str], until: float | None) -> Placement:
+    async def place_again(
+        self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
+    ) -> Placement:
         """For a request that has lost its replica: wait for one to take it, `failover_wait_s` or until its deadline.
 
         Raises what the last one refused with, DeadlineExceeded, Quarantined."""
@@ -196,10 +204,12 @@ class Pool:
         while True:
             joined = self._joined
             try:
-                return await self._place(shortened(request, until, loop.time()), lost)
+                return await self._place(shortened(request, until, loop.time()), lost, fingerprint)
             except Unavailable:
+                if any(entry.model == request.model for entry in self._loading):
+                    last_try = loop.time() + self._failover_wait_s
                 left = (last_try if until is None else min(last_try, until)) - loop.time()
-                if left <= 0 or self._is_closed:
+                if left <= 0 or self._is_closed or self._is_replaced(request.model, fingerprint):
                     raise
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(joined.wait(), min(pause, left))
@@ -221,13 +231,23 @@ class Pool:
             self._drop(member, now=True)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _place(self, request: Request, lost: list[str]) -> Placement:
-        """At the best replica that takes it. `lost` takes those whose connection ends meanwhile."""
+    def _is_replaced(self, model: str, fingerprint: str | None) -> bool:
+        """Whether an update has left no replica of that fingerprint: those that come will be like those there are."""
+        there = [member.entry.fingerprint for member in self._members.values() if member.entry.model == model]
+        return fingerprint is not None and bool(there) and fingerprint not in there
+
+    async def _place(self, request: Request, lost: list[str], fingerprint: str | None = None) -> Placement:
+        """At the best replica that takes it. `lost` takes those whose connection ends meanwhile. Only those of that
+        fingerprint may; without one, those whose tokenizer has read the request, if there are any."""
         able = {
             member.entry.replica_id: member
             for member in self._members.values()
             if member.entry.model == request.model and _is_up(member)
+            if fingerprint in (None, member.entry.fingerprint)
         }
+        newest = self._models[request.model].digest
+        if fingerprint is None and any(member.digest == newest for member in able.values()):
+            able = {replica_id: member for replica_id, member in able.items() if member.digest == newest}
         refusals: list[TandemError] = []
         ranked = self._router.rank(request, _candidates(able.values()))
         for prediction in sorted(ranked, key=lambda prediction: prediction.replica_id in lost):
@@ -246,12 +266,17 @@ class Pool:
                     require_innocent(request, lost, self)
                 continue
             member.num_open += 1
-            return Placement(replica_id, stream, partial(self._ended, member))
+            return Placement(replica_id, member.entry.fingerprint, stream, partial(self._ended, member))
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
             raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
         if refusals:
             raise refusals[-1]
+        if self._is_replaced(request.model, fingerprint):
+            raise ReplicaLost(
+                f"the replica was lost, and those that {request.model} has now are of another version, which would not "
+                f"go on with the same answer; send the request again"
+            )
         raise Unavailable(f"no replica of {request.model} is ready; try again soon")
 
     async def _join(self, member: _Member) -> None:
@@ -260,7 +285,8 @@ class Pool:
         while True:
             try:
                 remote = await self._connect(entry, lambda: self._lost(member))
-                self._models[entry.model] = await self._learn(entry.model, remote)
+                self._models[entry.model] = model = await self._learn(entry.model, remote)
+                member.digest = model.digest
                 if remote.is_alive:
                     break
                 self._close(remote)
@@ -319,7 +345,8 @@ class Pool:
             return known[0]
         if known:
             raise InvalidRequest(f"model is required; served are {_names(known)}", param="model")
-        if not self._models or kind in {self._expected[name] for name in self._expected.keys() - self._models.keys()}:
+        coming = {self._expected[name] for name in self._expected.keys() - self._models.keys()}
+        if not self._models or not coming.isdisjoint({kind, ""}):
             raise Unavailable("no model is ready yet; try again soon")
         raise ModelNotFound(f"no {kind} model is served here", param="model")
 

@@ -230,6 +230,59 @@ def test_wait_is_bounded():
             await read(stream)
 
 
+def test_wait_lasts_as_long_as_a_replica_is_loading():
+    backends = replicas((2, LOST))
+
+    @with_net(*backends, failover_wait_s=0.01)
+    async def _(net):
+        stream = await net.pool.submit(request())
+        got = [*await anext(stream), *await anext(stream)]
+        net.pool.update([entry("last", address="", kind="")])
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        net.backends = backends[1:]
+        await net.join()
+        assert tokens(got + await waiting + await read(stream)) == REPLY
+
+
+async def updated(net: Net, *marks: str) -> None:
+    """The replicas as they are after an update."""
+    net.pool.update([entry(b.replica_id, fingerprint=mark) for b, mark in zip(net.backends, marks, strict=True)])
+    await joined(net.pool, len(net.backends))
+
+
+@pytest.mark.parametrize("loss", [LOST, Draining("x")])
+def test_a_stream_goes_on_only_where_model_and_config_are_those_it_was_begun_with(loss):
+    old, new, other = (FakeBackend(REPLY, replica_id=name) for name in ("old", "new", "other"))
+    old.fail_after = (2, loss)
+
+    @with_net(old, new, other)
+    async def _(net):
+        await updated(net, "1", "2", "1")
+        streams = [await net.pool.submit(request()) for _ in range(3)]
+        assert [tokens(await read(stream)) for stream in streams] == [REPLY] * 3
+        assert all(not again.generated for again in new.requests) and any(r.generated for r in other.requests)
+
+
+def test_a_stream_whose_version_is_gone_ends_with_an_error_and_what_had_shown_nothing_begins_anew():
+    for num_read in (0, 2):
+        old, new = FakeBackend(REPLY, replica_id="old", fail_after=(num_read, LOST)), FakeBackend(REPLY, replica_id="z")
+
+        @with_net(old, new)
+        async def _(net, num_read=num_read, old=old, new=new):
+            stream = await net.pool.submit(request())
+            net.pool.update([])
+            net.backends = [new]
+            await updated(net, "2")
+            if not num_read:
+                assert tokens(await read(stream)) == REPLY
+                return
+            with pytest.raises(ReplicaLost, match="another version"):
+                await read(stream)
+            assert not new.requests
+
+
 def test_deadline_counts_from_the_first_acceptance():
     backends = replicas((2, LOST))
 

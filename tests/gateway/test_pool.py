@@ -241,3 +241,42 @@ def test_closing_a_stream_twice_counts_once():
         await stream.aclose()
         await stream.aclose()
         assert backend.num_cancelled == 1 and pool._members["replica-0"].num_open == 0
+
+
+def test_requests_go_to_replicas_whose_tokenizer_has_read_them_while_there_are_any():
+    old, new = FakeBackend(replica_id="old"), FakeBackend(replica_id="new", chat_template="{{ messages }}")
+
+    async def run() -> None:
+        net = Net(old, new)
+        pool = Pool(net.connect)
+        pool.update([entry("old")])
+        await joined(pool, 1)
+        pool.update([entry("old"), entry("new")])
+        await joined(pool, 2)
+        for _ in range(3):
+            await read(await pool.submit(request()))
+        assert len(new.requests) == 3 and not old.requests
+        pool.update([entry("old")])
+        await read(await pool.submit(request()))
+        assert old.requests
+        await pool.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_loading_replica_is_waited_for_by_name_and_not_connected_to():
+    async def run() -> None:
+        net = Net(FakeBackend(replica_id="a"))
+        pool = Pool(net.connect)
+        pool.update([entry("a", address="", kind="")])
+        assert not pool.is_ready and net.num_calls == 0
+        with pytest.raises(Unavailable):
+            pool.find("tiny", "text")
+        pool.update([entry("a")])
+        await joined(pool, 1)
+        assert pool.is_ready
+        pool.retire(["a"])
+        assert not pool.is_ready
+        await pool.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 30))

@@ -92,6 +92,34 @@ def test_a_replica_is_registered_with_what_it_serves_and_leaves_when_it_closes(t
     run(test)
 
 
+def test_a_replica_that_loads_is_announced_and_one_that_fails_to_leaves(tmp_path):
+    may_load = threading.Event()
+
+    def build(options: ModelOptions, observer: Any, on_death: Any) -> Served:
+        may_load.wait(10)
+        raise ConfigError("weights are missing")
+
+    async def test() -> None:
+        hub = Hub(SECRET)
+        address = await hub.start(f"unix:{tmp_path}/hub")
+        replica = Replica(
+            ModelOptions(model="fake"), replica_id="replica-0", secret=SECRET, hub_address=address,
+            address=f"unix:{tmp_path}/replica", build=build,
+        )  # fmt: skip
+        starting = asyncio.create_task(replica.start())
+        while not hub.entries():
+            await asyncio.sleep(0.001)
+        assert hub.entries() == [ReplicaEntry("replica-0", "fake", "", "")]
+        may_load.set()
+        with pytest.raises(ConfigError, match="missing"):
+            await starting
+        while hub.entries():
+            await asyncio.sleep(0.001)
+        await hub.aclose()
+
+    run(test)
+
+
 def test_a_draining_replica_lets_its_streams_end(tmp_path):
     async def test() -> None:
         backend = FakeBackend()
