@@ -29,12 +29,24 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextDevice:
-    """Seconds of a step: `base_s`, `row_s` a row and `unit_s` a further prompt position."""
+    """Seconds of a step: `base_s`, `row_s` a row, `unit_s` a further prompt position, `context_s` a position that the
+    step's rows attend to."""
 
     base_s: float
     row_s: float
     unit_s: float
     kv_cache_tokens: int
+    context_s: float = 0.0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+
+    def step_s(self, num_rows: int, num_further: int, num_context: int = 0) -> float:
+        return self.base_s + self.row_s * num_rows + self.unit_s * num_further + self.context_s * num_context
+
+    def batch_s(self, batch: TokenBatch) -> float:
+        num_rows = len(batch.rows)
+        num_context = sum([row.start + len(row.token_ids) for row in batch.rows]) if self.context_s else 0
+        return self.step_s(num_rows, batch.num_tokens - num_rows, num_context)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +69,13 @@ class _PacedRunner:
 
 
 class PacedTextRunner(_PacedRunner):
-    def __init__(self, device: TextDevice):
+    def __init__(self, device: TextDevice, token_id: int = 1):
         self._device = device
+        self._token_id = token_id
 
     def submit(self, batch: TokenBatch) -> TokenOutput:
-        device, num_rows = self._device, len(batch.rows)
-        time.sleep(device.base_s + device.row_s * num_rows + device.unit_s * (batch.num_tokens - num_rows))
-        nothing = [None] * num_rows
-        return TokenOutput([(1,) if row.samples else () for row in batch.rows], list(nothing), list(nothing))
+        time.sleep(self._device.batch_s(batch))
+        return answer(batch, self._token_id)
 
 
 class PacedImageRunner(_PacedRunner):
@@ -79,19 +90,31 @@ class PacedImageRunner(_PacedRunner):
         return ImageOutput(num_prompt_tokens=[1] * len(batch.rows))
 
 
-def text_replica(device: TextDevice) -> tuple[TextBackend, PrefixDigest]:
-    """A started replica of the model "paced"."""
-    digest = PrefixDigest(BLOCK_SIZE)
-    scheduler = TokenScheduler(
-        KVCache(device.kv_cache_tokens // BLOCK_SIZE, BLOCK_SIZE, digest=digest),
-        max_num_seqs=64,
-        max_num_batched_tokens=2048,
+def answer(batch: TokenBatch, token_id: int = 1) -> TokenOutput:
+    """What a device says to a batch: always the same token."""
+    nothing = [None] * len(batch.rows)
+    return TokenOutput([(token_id,) if row.samples else () for row in batch.rows], list(nothing), list(nothing))
+
+
+def text_scheduler(device: TextDevice, vocab_size: int = 32_000) -> TokenScheduler:
+    """As such a device has it, with a digest of its prefixes."""
+    return TokenScheduler(
+        KVCache(device.kv_cache_tokens // BLOCK_SIZE, BLOCK_SIZE, digest=PrefixDigest(BLOCK_SIZE)),
+        max_num_seqs=device.max_num_seqs,
+        max_num_batched_tokens=device.max_num_batched_tokens,
         max_model_len=device.kv_cache_tokens // 4,
         eos_token_ids=[],
-        vocab_size=32_000,
+        vocab_size=vocab_size,
     )
+
+
+def text_replica(device: TextDevice) -> tuple[TextBackend, PrefixDigest]:
+    """A started replica of the model "paced"."""
+    scheduler = text_scheduler(device)
     engine: Engine = Engine(scheduler, PacedTextRunner(device), pace=TextPace(scheduler))
     engine.start()
+    digest = scheduler.kv_cache.digest
+    assert digest is not None
     return TextBackend(engine, _card("text", None)), digest
 
 

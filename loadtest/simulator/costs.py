@@ -1,0 +1,71 @@
+"""What the parts around the replicas take of a core, in seconds an item, and how much of a core a fleet takes of each.
+
+Measured from the code that serves by `python -m loadtest.simulate costs`; the figures below are what that gave on the
+machine of `loadtest/results/simulator.md`, so that nothing has to be measured to simulate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve.channel_server import LOAD_PERIOD_S
+from serve.hub import PUSH_PERIOD_S
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """CPU seconds. One process has one core for its event loop."""
+
+    request_s: float = 0.0015
+    """Gateway: HTTP, checks, tokens, submit, end of the stream; without ranking."""
+    token_s: float = 0.00006
+    """Gateway: an output token as an event of its own."""
+    candidate_s: float = 2.2e-6
+    """Gateway: ranking, for each replica."""
+    block_s: float = 1.0e-6
+    """Gateway: ranking, for each block of a prompt's hashes."""
+    report_s: float = 1.0e-5
+    """Gateway: a load report that comes in."""
+    send_report_s: float = 1.0e-5
+    """Replica: a load report that leaves."""
+    push_s: float = 0.0002
+    """Hub: a snapshot of a process, once a second."""
+    entry_s: float = 1.0e-7
+    """Hub: telling one member of one replica, at every change of the list."""
+    member_s: float = 1.0e-5
+    """Hub: telling one member anything."""
+
+    def rank_s(self, num_candidates: int, num_prompt: int, block_size: int = 16) -> float:
+        if num_candidates < 2:
+            return 0.0
+        return num_candidates * self.candidate_s + min(1024, num_prompt // block_size) * self.block_s
+
+    def reports_share(self, num_replicas: int) -> float:
+        """Of a gateway's core, spent on the reports of all replicas."""
+        return num_replicas / LOAD_PERIOD_S * self.report_s
+
+    def loads(
+        self, *, num_replicas: int, num_gateways: int, requests_per_s: float, tokens_per_s: float, num_prompt: float
+    ) -> dict[str, float]:
+        """Share of one core that the busiest process of each kind takes, by what it does."""
+        members = num_replicas + num_gateways
+        per_gateway = requests_per_s / num_gateways
+        return {
+            "gateway: ranking": per_gateway * self.rank_s(num_replicas, round(num_prompt)),
+            "gateway: requests": per_gateway * self.request_s,
+            "gateway: tokens": tokens_per_s / num_gateways * self.token_s,
+            "gateway: load reports": self.reports_share(num_replicas),
+            "replica: load reports": num_gateways / LOAD_PERIOD_S * self.send_report_s,
+            "hub: pushes": members / PUSH_PERIOD_S * self.push_s,
+        }
+
+    def announce_s(self, num_replicas: int, num_gateways: int) -> float:
+        """Hub: one change of the list of replicas, told to everybody."""
+        return (num_replicas + num_gateways) * (self.member_s + num_replicas * self.entry_s)
+
+
+NOTHING = Costs(
+    request_s=0.0, token_s=0.0, candidate_s=0.0, block_s=0.0, report_s=0.0, send_report_s=0.0, push_s=0.0,
+    entry_s=0.0, member_s=0.0,
+)  # fmt: skip
+"""Replicas alone."""
