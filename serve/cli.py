@@ -1,5 +1,5 @@
 """The command `tandem`: `serve` starts models and their gateway, `check` reads a config file and says what it holds,
-`plan` says how a model is best split over some devices.
+`plan` says how a model is best split over some devices, `loadtest` puts a server under load (`loadtest/command.py`).
 
 Flags are the fields of `serve/options.py`, so each option is written once; their help is the fields' own docstring.
 Heavy imports (Ray, torch) happen in the processes that need them, never here.
@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import os
 import signal
+import sys
 import time
 import types
 import typing
@@ -40,8 +41,13 @@ DEFAULT_MODELS = ("tandem-text", "tandem-image")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tandem` command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by force."""
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(argv)
+        if given[:1] == ["loadtest"]:  # it has actions and flags of its own
+            from loadtest.command import main as load_test
+
+            load_test(given[1:])
+        arguments = _parser().parse_args(given)
         arguments.run(arguments)
     except TandemError as error:
         raise SystemExit(f"tandem: {error.message}") from None
@@ -235,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     check.add_argument("file", metavar="FILE")
     _add_plan(commands.add_parser("plan", help="say how a model is best split over some devices; reads no weights"))
+    commands.add_parser("loadtest", help="put a server under load and say what it carries", add_help=False)
     return parser
 
 

@@ -44,7 +44,7 @@ def figures(outcomes: Sequence[Outcome], duration_s: float, slo: Slo, percentile
         "total_cached_tokens": sum(one.cached_tokens for one in ok),
         "request_throughput": len(ok) / span,
         "request_goodput": sum(map(slo.is_good, judged(outcomes))) / span if slo.limits_ms else None,
-        "good_share": good_share(outcomes, slo),
+        "good_share": good_share(outcomes, slo) if judged(outcomes) else None,
         "output_throughput": num_out / span,
         "steady_output_throughput": _steady(ok),
         "total_token_throughput": (num_in + num_out) / span,
@@ -81,9 +81,9 @@ def client_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {"median_client_lag_ms": float(median), "p99_client_lag_ms": float(high), "max_client_lag_ms": max(lags)}
 
 
-def timeline(outcomes: Sequence[Outcome], duration_s: float, num_bins: int = 120) -> dict[str, Any]:
+def timeline(outcomes: Sequence[Outcome], duration_s: float, num_bins: int = 80) -> dict[str, Any]:
     """What was going on, in equal parts of the run: requests in flight by group at each part's end, and what came."""
-    width = max(0.1, duration_s / num_bins)
+    width = max(0.2, duration_s / num_bins)
     edges = np.arange(0.0, duration_s + width, width)
 
     def counted(times: list[float], weights: list[float] | None = None) -> list[float]:
