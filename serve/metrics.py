@@ -135,6 +135,7 @@ METRICS: dict[str, Metric] = {
             "tandem_tenant_images_total", "counter", "Finished images, by the name of the caller's key.",
             labels={"model": None, "tenant": None},
         ),
+        _gateway("tandem_requests_held", "gauge", "Requests that wait for a first replica of a model that sleeps."),
         _gateway("tandem_http_requests_in_flight", "gauge", "HTTP requests being answered.", labels={}),
         _replica("tandem_requests_running", "gauge", "Jobs in the running batch."),
         _replica("tandem_requests_waiting", "gauge", "Accepted jobs that wait for their first or next step."),

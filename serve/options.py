@@ -298,6 +298,11 @@ class GatewayOptions:
     max_connections: int = bounded(4096, least=1, most=1 << 20)
     default_timeout_s: float = bounded(600.0, least=0.1, most=86400)
     """Deadline of a request that names none."""
+    max_wait_s: float | None = bounded(None, least=0, most=86400)
+    """How much longer than alone a request may be predicted to take, at the replica where that is least, before it is
+    refused with the time after which to come again. None: as long as its deadline is."""
+    wake_timeout_s: float = bounded(300.0, least=1, most=86400)
+    """How long a request for a model that has scaled to zero waits for a replica to load."""
     heartbeat_s: float = bounded(10.0, least=0.1, most=3600)
     """A comment line on a silent stream; bounds how late a vanished client is noticed."""
     drain_timeout_s: float = bounded(30.0, least=0, most=86400)

@@ -24,6 +24,7 @@ from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta
 from serve.exposition import render
 from serve.gateway.app import build_app
 from serve.gateway.drain import Drain
+from serve.gateway.hold import Hold
 from serve.gateway.pool import Pool
 from serve.options import GatewayOptions
 from serve.prefix_view import PrefixView
@@ -114,6 +115,9 @@ class FakeBackend:
     num_closed: int = 0
     prefixes: PrefixView = field(default_factory=PrefixView)
     unreported: Sequence[str] = ()
+    turned_away: list[float] = field(default_factory=list)
+    backlog_s: float | None = None
+    """None: a second for each open stream."""
 
     @property
     def bundle(self) -> dict[str, bytes]:
@@ -134,7 +138,11 @@ class FakeBackend:
         return stream
 
     def load(self) -> Load:
-        return Load(running=len(self.open), backlog_s=float(len(self.open)), job_s=1.0)
+        backlog_s = float(len(self.open)) if self.backlog_s is None else self.backlog_s
+        return Load(running=len(self.open), backlog_s=backlog_s, job_s=1.0)
+
+    def turn_away(self, work_s: float) -> None:
+        self.turned_away.append(work_s)
 
     async def check_health(self) -> None: ...
 
@@ -237,8 +245,10 @@ class FakeGateway:
 
 
 @contextlib.asynccontextmanager
-async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[FakeGateway]:
-    """A gateway over `backends` (one by default), all joined."""
+async def fake_gateway(
+    *backends: FakeBackend, hold: Hold | None = None, **options: Any
+) -> AsyncIterator[FakeGateway]:
+    """A gateway over `backends` (one by default), all joined; none yet where models are held."""
     replicas = list(backends) or [FakeBackend()]
     by_id = {replica.replica_id: replica for replica in replicas}
 
@@ -246,9 +256,10 @@ async def fake_gateway(*backends: FakeBackend, **options: Any) -> AsyncIterator[
         return by_id[entry.replica_id]
 
     recorder = Recorder("gateway-0", "gateway")
-    pool = Pool(connect, recorder=recorder)
-    pool.update([entry(replica.replica_id, replica.card.name, kind=replica.card.kind) for replica in replicas])
-    await joined(pool, len(replicas))
+    pool = Pool(connect, recorder=recorder, hold=hold, max_wait_s=options.get("max_wait_s"))
+    if hold is None:
+        pool.update([entry(replica.replica_id, replica.card.name, kind=replica.card.kind) for replica in replicas])
+        await joined(pool, len(replicas))
     drain = Drain()
 
     async def metrics() -> str:

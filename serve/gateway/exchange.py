@@ -97,10 +97,12 @@ class Exchange(Response):
             self._work.cancel()
 
     async def _answer(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         prepared = self._prepared = await self._prepare()
         generation = prepared.generation
         late = DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(self._timeout_s + GRACE_S, self._abort, late)
+        timer = loop.call_at(began + self._timeout_s + GRACE_S, self._abort, late)
         collected: list[Any] = []
         try:
             await generation.start()

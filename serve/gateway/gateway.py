@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection
+from functools import partial
 
 from serve.channel import Attend, ChannelClient
 from serve.errors import EngineDead
 from serve.gateway.app import build_app
 from serve.gateway.auth import LOOPBACK_NAMES, Keys, check_exposure
 from serve.gateway.drain import Drain
+from serve.gateway.hold import Hold, Sleeper, Wake
 from serve.gateway.pool import Pool
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
@@ -31,14 +33,21 @@ class Gateway:
         secret: bytes,
         hub_address: Address,
         attend_for: Callable[[ReplicaEntry], Attend | None] = lambda entry: None,
+        sleepers: Collection[Sleeper] = (),
+        wake: Wake | None = None,
     ) -> None:
+        """`sleepers`: the models that may have no replica, which `wake` asks for."""
         self._options = options
         self._gateway_id = gateway_id
         self._secret = secret
         self._hub_address = hub_address
         self._attend_for = attend_for
         self._recorder = Recorder(gateway_id, "gateway")
-        self._pool = Pool(self._connect, recorder=self._recorder)
+        self._hold = Hold(sleepers, wake, timeout_s=options.wake_timeout_s)
+        for model in self._hold.models:
+            self._recorder.admit(model)
+            self._recorder.follow("tandem_requests_held", partial(self._hold.num_held, model), model=model)
+        self._pool = Pool(self._connect, recorder=self._recorder, hold=self._hold, max_wait_s=options.max_wait_s)
         self._drain = Drain()
         self._hub: HubClient | None = None
         self._server: GatewayServer | None = None
@@ -67,7 +76,7 @@ class Gateway:
 
     def cards(self) -> list[ModelCard]:
         """The models this gateway has met."""
-        return self._pool.cards()
+        return self._pool.models.cards()
 
     async def meet(self, models: Collection[str]) -> None:
         """Return when every one of `models` can be served from here."""
@@ -92,6 +101,7 @@ class Gateway:
         gc.unfreeze()
         if self._server is not None:
             await self._server.aclose()
+        self._hold.close()
         await self._pool.aclose()
         if self._hub is not None:
             await self._hub.aclose()

@@ -70,6 +70,8 @@ class Hold:
 
         Raises Unavailable after `wake_timeout_s`, or after `timeout_s`, which is the request's own.
         """
+        if is_up() is None:
+            return
         limit_s = min(timeout_s, self._timeout_s)
         with self.waking(model):
             try:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -20,21 +19,20 @@ from serve.errors import (
     ConfigError,
     Draining,
     EngineDead,
-    InvalidRequest,
-    ModelNotFound,
     Overloaded,
     ReplicaLost,
-    RequestFailed,
     TandemError,
     Unavailable,
 )
+from serve.gateway.catalog import Catalog
 from serve.gateway.delivered import delivered
 from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
-from serve.gateway.routing import Candidate, Router
+from serve.gateway.hold import Hold
+from serve.gateway.routing import Candidate, Prediction, Router
+from serve.gateway.shedding import Coming, require_time
 from serve.prefix_view import PrefixView
 from serve.recorder import Recorder
-from serve.request import ModelCard, Request
-from serve.text.tokenizer import Tokenizer, TokenizerBundle
+from serve.request import Request
 from serve.wire import ReplicaEntry
 
 log = logging.getLogger(__name__)
@@ -72,6 +70,10 @@ class Remote(Backend, Protocol):
         """Ids of the requests that its load does not count yet."""
         ...
 
+    def turn_away(self, work_s: float) -> None:
+        """Tell it of work that it would have got, had it not so much already."""
+        ...
+
 
 Connect = Callable[[ReplicaEntry, Callable[[], None]], Awaitable[Remote]]
 """Connect to a replica; the callable is called once when the connection is lost."""
@@ -90,16 +92,6 @@ class _Member:
     is_dropped: bool = False
 
 
-@dataclass(slots=True)
-class _Model:
-    """What is remembered of a model, also while none of its replicas lives."""
-
-    card: ModelCard
-    tokenizer: Tokenizer | None
-    """None for models that take text as it is."""
-    digest: bytes = field(default=b"")
-
-
 class Pool:
     """One per gateway; lives on its event loop."""
 
@@ -109,17 +101,20 @@ class Pool:
         router: Router | None = None,
         *,
         recorder: Recorder | None = None,
+        hold: Hold | None = None,
+        max_wait_s: float | None = None,
         failover_wait_s: float = FAILOVER_WAIT_S,
     ) -> None:
+        self.models = Catalog()
+        self.hold = hold or Hold()
+        self._max_wait_s = max_wait_s
+        self._coming = Coming()
         self._connect = connect
         self._router = router or Router()
         self._recorder = recorder or Recorder("gateway", "gateway")
         self._failover_wait_s = failover_wait_s
         self._is_closed = False
         self._members: dict[str, _Member] = {}
-        self._models: dict[str, _Model] = {}
-        self._expected: dict[str, str] = {}
-        """Models the hub names, connected or not, and their kind."""
         self._loading: list[ReplicaEntry] = []
         """Replicas that are coming."""
         self._closing: set[asyncio.Task[None]] = set()
@@ -130,7 +125,8 @@ class Pool:
         """The hub's list: connect to new replicas, drop the others once their streams have ended."""
         named = {entry.replica_id: entry for entry in entries if entry.address}
         self._loading = [entry for entry in entries if not entry.address]
-        self._expected |= {entry.model: entry.kind for entry in entries}
+        self._coming.update(entry for entry in entries if not entry.address)
+        self.models.expect(entries)
         for replica_id, member in list(self._members.items()):
             if named.get(replica_id) != member.entry:
                 self._drop(member)
@@ -148,49 +144,25 @@ class Pool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some replica takes new requests."""
-        remotes = (member.remote for member in self._members.values())
-        return any(remote is not None and remote.is_alive and not remote.is_draining for remote in remotes)
+        """Whether new requests are taken: by some replica, or to wait for one."""
+        return any(_is_open(member) for member in self._members.values()) or bool(self.hold.models)
+
+    def awaited(self, model: str) -> asyncio.Event | None:
+        """None when a replica of `model` takes new requests, else what is set when one has joined."""
+        is_there = any(_is_open(member) and member.entry.model == model for member in self._members.values())
+        return None if is_there else self._joined
 
     async def meet(self, models: Collection[str]) -> None:
         """Return when every one of `models` can be served from here."""
         while not set(models) <= {member.entry.model for member in self._members.values() if _is_up(member)}:
             await self._joined.wait()
 
-    def cards(self) -> list[ModelCard]:
-        """The models known here, by name."""
-        return [self._models[name].card for name in sorted(self._models)]
-
-    def find(self, name: str | None, kind: str | None = None) -> ModelCard:
-        """The model of that name or alias; without a name the only one. `kind`: only "text" or "image".
-
-        Raises ModelNotFound, InvalidRequest, Unavailable."""
-        known = [model.card for model in self._models.values() if kind in (None, model.card.kind)]
-        if name is None:
-            return self._only(known, kind)
-        for model in self._models.values():
-            if name == model.card.name or name in model.card.aliases:
-                if model.card not in known:
-                    kinds = f"is of kind {model.card.kind}, and this endpoint takes {kind}"
-                    raise InvalidRequest(f"{model.card.name} {kinds}: {_names(known)}", param="model")
-                return model.card
-        if name in self._expected or not self._models:
-            raise Unavailable("the model is not ready yet; try again soon")
-        raise ModelNotFound(f"there is no such model here; served are {_names(known)}", param="model")
-
-    def tokenizer(self, model: str) -> Tokenizer:
-        """The tokenizer of a text model `find` has returned."""
-        tokenizer = self._models[model].tokenizer
-        if tokenizer is None:
-            raise RequestFailed(f"the replica of {model} has sent no tokenizer")
-        return tokenizer
-
     async def submit(self, request: Request) -> EventStream:
         """Return once a replica has accepted. Raises what the last replica refused with, Overloaded before others."""
         lost: list[str] = []
         began = asyncio.get_running_loop().time()
-        placement = await self._place(request, lost)
-        seen = delivered(request, self._models[request.model].card)
+        placement = await self._place(request, lost, is_new=True)
+        seen = delivered(request, self.models[request.model].card)
         return PlacedStream(request, placement, self, seen, lost, began)
 
     async def place_again(
@@ -199,6 +171,12 @@ class Pool:
         """For a request that has lost its replica: wait for one to take it, `failover_wait_s` or until its deadline.
 
         Raises what the last one refused with, DeadlineExceeded, Quarantined."""
+        with self.hold.waking(request.model):
+            return await self._wait_for_place(request, lost, until, fingerprint)
+
+    async def _wait_for_place(
+        self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
+    ) -> Placement:
         loop, pause = asyncio.get_running_loop(), FIRST_RETRY_S
         last_try = loop.time() + self._failover_wait_s
         while True:
@@ -236,7 +214,22 @@ class Pool:
         there = [member.entry.fingerprint for member in self._members.values() if member.entry.model == model]
         return fingerprint is not None and bool(there) and fingerprint not in there
 
-    async def _place(self, request: Request, lost: list[str], fingerprint: str | None = None) -> Placement:
+    def _require_time(self, request: Request, ranked: Sequence[Prediction], able: Mapping[str, _Member]) -> None:
+        """Raise Overloaded when a new request would wait too long wherever it was sent."""
+        taking = [prediction for prediction in ranked if _is_open(able[prediction.replica_id])]
+        try:
+            require_time(request, taking, max_wait_s=self._max_wait_s, due_s=self._due_s(request.model))
+        except Overloaded:
+            _turn_away(taking, able)
+            raise
+
+    def _due_s(self, model: str) -> float | None:
+        """Until the next replica that loads may be up."""
+        return self._coming.due_s(model, self.models[model].card.load_s)
+
+    async def _place(
+        self, request: Request, lost: list[str], fingerprint: str | None = None, *, is_new: bool = False
+    ) -> Placement:
         """At the best replica that takes it. `lost` takes those whose connection ends meanwhile. Only those of that
         fingerprint may; without one, those whose tokenizer has read the request, if there are any."""
         able = {
@@ -245,11 +238,13 @@ class Pool:
             if member.entry.model == request.model and _is_up(member)
             if fingerprint in (None, member.entry.fingerprint)
         }
-        newest = self._models[request.model].digest
+        newest = self.models[request.model].digest
         if fingerprint is None and any(member.digest == newest for member in able.values()):
             able = {replica_id: member for replica_id, member in able.items() if member.digest == newest}
         refusals: list[TandemError] = []
         ranked = self._router.rank(request, _candidates(able.values()))
+        if is_new:
+            self._require_time(request, ranked, able)
         for prediction in sorted(ranked, key=lambda prediction: prediction.replica_id in lost):
             replica_id = prediction.replica_id
             member = able[replica_id]
@@ -269,6 +264,7 @@ class Pool:
             return Placement(replica_id, member.entry.fingerprint, stream, partial(self._ended, member))
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
+            _turn_away(ranked, able)
             raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
         if refusals:
             raise refusals[-1]
@@ -277,7 +273,8 @@ class Pool:
                 f"the replica was lost, and those that {request.model} has now are of another version, which would not "
                 f"go on with the same answer; send the request again"
             )
-        raise Unavailable(f"no replica of {request.model} is ready; try again soon")
+        due_s = self._due_s(request.model)
+        raise Unavailable(f"no replica of {request.model} is ready; try again soon", retry_after_s=due_s)
 
     async def _join(self, member: _Member) -> None:
         """Connect, trying again with growing pauses while the hub names the replica."""
@@ -285,8 +282,7 @@ class Pool:
         while True:
             try:
                 remote = await self._connect(entry, lambda: self._lost(member))
-                self._models[entry.model] = model = await self._learn(entry.model, remote)
-                member.digest = model.digest
+                member.digest = (await self.models.learn(entry.model, remote.card, remote.bundle)).digest
                 if remote.is_alive:
                     break
                 self._close(remote)
@@ -300,16 +296,6 @@ class Pool:
         joined, self._joined = self._joined, asyncio.Event()
         joined.set()
         log.info("replica joined id=%s model=%s", entry.replica_id, entry.model)
-
-    async def _learn(self, name: str, remote: Remote) -> _Model:
-        """Card and tokenizer (if any) of the replica's model; a tokenizer is built anew only when its files differ."""
-        files = dict(remote.bundle)
-        digest = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in sorted(files))).digest()
-        known = self._models.get(name)
-        if known is not None and known.digest == digest:
-            return _Model(remote.card, known.tokenizer, digest)
-        tokenizer = await asyncio.to_thread(Tokenizer, TokenizerBundle(files)) if files else None
-        return _Model(remote.card, tokenizer, digest)
 
     def _lost(self, member: _Member) -> None:
         """The connection ended. The hub may name the replica for a while yet: try to get it back."""
@@ -340,16 +326,6 @@ class Pool:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _only(self, known: Sequence[ModelCard], kind: str | None) -> ModelCard:
-        if len(known) == 1:
-            return known[0]
-        if known:
-            raise InvalidRequest(f"model is required; served are {_names(known)}", param="model")
-        coming = {self._expected[name] for name in self._expected.keys() - self._models.keys()}
-        if not self._models or not coming.isdisjoint({kind, ""}):
-            raise Unavailable("no model is ready yet; try again soon")
-        raise ModelNotFound(f"no {kind} model is served here", param="model")
-
     def _ended(self, member: _Member) -> None:
         """One of the member's streams has ended."""
         member.num_open -= 1
@@ -361,13 +337,19 @@ def _is_up(member: _Member) -> bool:
     return member.remote is not None and member.remote.is_alive
 
 
+def _is_open(member: _Member) -> bool:
+    return member.remote is not None and member.remote.is_alive and not member.remote.is_draining
+
+
+def _turn_away(ranked: Sequence[Prediction], able: Mapping[str, _Member]) -> None:
+    """Tell the replica that would have got a request what it was spared: it is asked for all the same."""
+    if ranked and (remote := able[ranked[0].replica_id].remote) is not None:
+        remote.turn_away(ranked[0].work_s)
+
+
 def _candidates(members: Iterable[_Member]) -> list[Candidate]:
     return [
         Candidate(member.entry.replica_id, member.remote.load(), member.remote.prefixes, member.remote.unreported)
         for member in members
         if member.remote is not None
     ]
-
-
-def _names(cards: Sequence[ModelCard]) -> str:
-    return ", ".join(sorted(repr(card.name) for card in cards)) or "none"

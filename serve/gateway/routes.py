@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.gateway import context, schemas
 from serve.gateway.image_endpoint import ImageEndpoint
+from serve.gateway.pool import Pool
 from serve.gateway.prompts import encode_chat, encode_text
 from serve.gateway.service import Service
 from serve.gateway.text_endpoint import CHAT, COMPLETIONS, TextEndpoint
@@ -30,16 +31,15 @@ def api_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models", tags=["models"], summary="The served models")
     async def list_models() -> Response:
-        data = [entry for card in service.pool.cards() for entry in _entries(card)]
-        return _json({"object": "list", "data": data})
+        return _json({"object": "list", "data": _listed(service.pool)})
 
     @router.get("/v1/models/{model:path}", tags=["models"], summary="One served model; its name may hold slashes")
     async def retrieve_model(http: Request, model: str) -> Response:
-        known = {entry["id"]: entry for card in service.pool.cards() for entry in _entries(card)}
+        known = {entry["id"]: entry for entry in _listed(service.pool)}
         if model not in known:
             served = ", ".join(repr(name) for name in sorted(known)) or "none"
             raise ModelNotFound(f"there is no such model here; served are {served}", param="model")
-        context.of(http.scope).model = service.pool.find(model).name
+        context.of(http.scope).model = known[model]["root"]
         return _json(known[model])
 
     @router.post(
@@ -69,9 +69,9 @@ def api_routes(service: Service) -> APIRouter:
     )
     async def tokenize(http: Request) -> Response:
         body = schemas.parse_tokenize(await http.body())
-        card = service.pool.find(body.model, "text")
+        card = service.pool.models.find(body.model, "text")
         context.of(http.scope).model = card.name
-        tokenizer = service.pool.tokenizer(card.name)
+        tokenizer = service.pool.models.tokenizer(card.name)
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             ids = await encode_text(body.prompt, tokenizer, add_special_tokens=special)
@@ -88,9 +88,9 @@ def api_routes(service: Service) -> APIRouter:
     @router.post("/detokenize", tags=["tokens"], summary="Token ids to text", openapi_extra=_body("DetokenizeRequest"))
     async def detokenize(http: Request) -> Response:
         body = schemas.parse_detokenize(await http.body())
-        card = service.pool.find(body.model, "text")
+        card = service.pool.models.find(body.model, "text")
         context.of(http.scope).model = card.name
-        tokenizer = service.pool.tokenizer(card.name)
+        tokenizer = service.pool.models.tokenizer(card.name)
         if body.tokens and max(body.tokens) >= card.vocab_size:
             raise InvalidRequest(f"tokens holds {max(body.tokens)}; {card.name} has {card.vocab_size}", param="tokens")
         if len(body.tokens) <= LONG_TOKENS:
@@ -105,11 +105,22 @@ def _json(value: Any) -> Response:
     return Response(encode_json(value), media_type="application/json")
 
 
+def _listed(pool: Pool) -> list[dict[str, Any]]:
+    """OpenAI's Model, for every name and alias; beside it vLLM's `root`, the kind, and what it can be asked for. Of a
+    model that sleeps and that no replica has told of yet, only that there is one."""
+    listed = [entry for card in pool.models.cards() for entry in _entries(card)]
+    unmet = [model for model in pool.hold.models.values() if not pool.models.knows(model.name)]
+    return listed + [_entry(name, model.name) for model in unmet for name in model.names]
+
+
 def _entries(card: ModelCard) -> list[dict[str, Any]]:
-    """OpenAI's Model, for the name and every alias; beside it vLLM's `root`, the kind, and what it can be asked for."""
-    shared = {"object": "model", "created": card.created, "owned_by": "tandem", "root": card.name, "parent": None}
     asked_for = {"max_model_len": card.max_model_len} if card.image is None else {"image": asdict(card.image)}
-    return [{"id": name, **shared, "kind": card.kind, **asked_for} for name in (card.name, *card.aliases)]
+    about = {"created": card.created, "kind": card.kind, **asked_for}
+    return [_entry(name, card.name) | about for name in (card.name, *card.aliases)]
+
+
+def _entry(name: str, root: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tandem", "root": root, "parent": None}
 
 
 def _body(schema: str) -> dict[str, Any]:

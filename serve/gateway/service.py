@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -56,12 +57,17 @@ class Service:
     def generate(self, http: Request, body: Any, endpoint: Endpoint) -> Exchange:
         """The answer to a checked body. Raises InvalidRequest for a header that is wrong."""
         about = context.of(http.scope)
+        self.telemetry.asked(about, body)
         caller = Caller(context=about, timeout_s=self._timeout_s(http, body))
 
         async def prepare() -> Ready:
-            card = self.pool.find(body.model, endpoint.kind)
+            if not self.pool.models.knows(body.model):
+                await self._wake(body.model, caller)
+            card = self.pool.models.find(body.model, endpoint.kind)
             about.model = card.name
-            return await endpoint.prepare(body, card, caller)
+            prepared = await endpoint.prepare(body, card, caller)
+            await self._wake(card.name, caller)
+            return prepared
 
         return Exchange(
             prepare,
@@ -71,6 +77,12 @@ class Service:
             drain=self.drain,
             heartbeat_s=self.options.heartbeat_s,
         )
+
+    async def _wake(self, name: str | None, caller: Caller) -> None:
+        """Wait for a replica of a model that sleeps; nothing for any other. Raises Unavailable."""
+        sleeper = self.pool.hold.find(name)
+        if sleeper is not None:
+            await self.pool.hold.wait(sleeper.name, partial(self.pool.awaited, sleeper.name), caller.timeout_s)
 
     def _timeout_s(self, http: Request, body: Any) -> float:
         """The body's timeout, else the header's, at most the server's own."""

@@ -51,7 +51,7 @@ class TextEndpoint:
 
     async def prepare(self, body: Any, card: ModelCard, caller: Caller) -> Prepared[Piece]:
         dialect = self._dialect
-        tokenizer = self._pool.tokenizer(card.name)
+        tokenizer = self._pool.models.tokenizer(card.name)
         prompts, asked = await dialect.ask(body, card, tokenizer)
         parts = plan(body, prompts, asked, card, tokenizer, caller)
         shows = body.stream_options

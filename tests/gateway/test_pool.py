@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from gateway_fakes import FakeBackend, card, entry, joined
@@ -104,23 +105,23 @@ def test_unknown_model_names_those_that_are_served():
     @with_pool(FakeBackend())
     async def _(pool, net):
         with pytest.raises(ModelNotFound, match="'tiny'"):
-            pool.find("other")
-        assert pool.find("small").name == "tiny" and pool.find(None).name == "tiny"
+            pool.models.find("other")
+        assert pool.models.find("small").name == "tiny" and pool.models.find(None).name == "tiny"
 
 
 def test_model_without_a_name_must_be_the_only_one():
     @with_pool(FakeBackend(replica_id="a"), FakeBackend(replica_id="b", card=card("second", aliases=())))
     async def _(pool, net):
         with pytest.raises(InvalidRequest, match="second"):
-            pool.find(None)
+            pool.models.find(None)
 
 
 def test_model_without_a_name_must_be_the_only_one_of_its_kind():
     @with_pool(FakeBackend(), FakeImageBackend())
     async def _(pool, net):
-        assert pool.find(None, "text").name == "tiny" and pool.find(None, "image").name == "painter"
+        assert pool.models.find(None, "text").name == "tiny" and pool.models.find(None, "image").name == "painter"
         with pytest.raises(InvalidRequest, match="'painter', 'tiny'"):
-            pool.find(None)
+            pool.models.find(None)
 
 
 def test_model_of_the_other_kind_is_refused_with_those_that_fit():
@@ -128,7 +129,7 @@ def test_model_of_the_other_kind_is_refused_with_those_that_fit():
     async def _(pool, net):
         for name, kind, fits in (("painter", "text", "'tiny'"), ("small", "image", "'painter'")):
             with pytest.raises(InvalidRequest, match=fits) as refused:
-                pool.find(name, kind)
+                pool.models.find(name, kind)
             assert refused.value.param == "model"
 
 
@@ -136,12 +137,12 @@ def test_kind_that_is_not_served_is_told_from_one_that_is_not_ready():
     @with_pool(FakeBackend())
     async def _(pool, net):
         with pytest.raises(ModelNotFound):
-            pool.find(None, "image")
+            pool.models.find(None, "image")
         net.num_refused = 1
         pool.update([entry("replica-0"), entry("b", "painter", kind="image")])
         for name in (None, "painter"):
             with pytest.raises(Unavailable):
-                pool.find(name, "image")
+                pool.models.find(name, "image")
 
 
 def test_images_are_placed_and_read_like_text():
@@ -154,11 +155,49 @@ def test_images_are_placed_and_read_like_text():
         assert pool._router._promises == {}, "images leave no prefix behind"
 
 
+def test_what_would_wait_too_long_everywhere_is_refused_and_told_to_the_least_busy():
+    busy, busier = FakeBackend(replica_id="a", backlog_s=20.0), FakeBackend(replica_id="b", backlog_s=30.0)
+
+    @with_pool(busy, busier)
+    async def _(pool, net):
+        short = replace(request(), timeout_s=5.0)
+        with pytest.raises(Overloaded) as caught:
+            await pool.submit(short)
+        assert caught.value.retry_after_s == 15.0
+        assert busy.turned_away == [1.0] and busier.turned_away == [] and not busy.requests
+        pool.update([entry("a"), entry("b"), entry("c", address="")])  # one more loads
+        with pytest.raises(Overloaded) as caught:
+            await pool.submit(short)
+        assert caught.value.retry_after_s <= busy.card.load_s
+        await pool.submit(replace(request(), timeout_s=25.0))
+        assert len(busy.requests) == 1
+
+
+def test_a_draining_replica_does_not_count_as_room():
+    going, busy = FakeBackend(replica_id="a", is_draining=True), FakeBackend(replica_id="b", backlog_s=30.0)
+
+    @with_pool(going, busy)
+    async def _(pool, net):
+        with pytest.raises(Overloaded):
+            await pool.submit(replace(request(), timeout_s=5.0))
+        assert busy.turned_away == [1.0]
+
+
+def test_a_full_queue_counts_as_asked_for():
+    full = FakeBackend(refusal=Overloaded("full", retry_after_s=3.0))
+
+    @with_pool(full)
+    async def _(pool, net):
+        with pytest.raises(Overloaded):
+            await pool.submit(request())
+        assert full.turned_away == [1.0]
+
+
 def test_model_whose_replicas_are_gone_is_unavailable_not_unknown():
     @with_pool(FakeBackend())
     async def _(pool, net):
         pool.update([])
-        assert pool.find("tiny").name == "tiny" and not pool.is_ready
+        assert pool.models.find("tiny").name == "tiny" and not pool.is_ready
         with pytest.raises(Unavailable):
             await pool.submit(request())
 
@@ -168,7 +207,7 @@ def test_before_any_replica_every_model_is_unavailable():
         pool = Pool(Net().connect)
         for name in ("x", None):
             with pytest.raises(Unavailable):
-                pool.find(name)
+                pool.models.find(name)
 
     asyncio.run(scenario())
 
@@ -271,7 +310,7 @@ def test_a_loading_replica_is_waited_for_by_name_and_not_connected_to():
         pool.update([entry("a", address="", kind="")])
         assert not pool.is_ready and net.num_calls == 0
         with pytest.raises(Unavailable):
-            pool.find("tiny", "text")
+            pool.models.find("tiny", "text")
         pool.update([entry("a")])
         await joined(pool, 1)
         assert pool.is_ready
