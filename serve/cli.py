@@ -1,5 +1,6 @@
 """The command `tandem`: `serve` starts models and their gateway, `check` reads a config file and says what it holds,
-`plan` says how a model is best split over some devices, `loadtest` puts a server under load (`loadtest/command.py`).
+`plan` says how a model is best split over some devices, `loadtest` puts a server under load (`loadtest/command.py`),
+`k8s` checks Kubernetes manifests (`serve/kubernetes/command.py`).
 
 Flags are the fields of `serve/options.py`, so each option is written once; their help is the fields' own docstring.
 Heavy imports (Ray, torch) happen in the processes that need them, never here.
@@ -28,6 +29,7 @@ from models.source import SourceError, embedded_names, local_kind
 from serve.application import Application
 from serve.config import load_config, parse_value
 from serve.errors import ConfigError, TandemError
+from serve.kubernetes.command import add_actions as add_kubernetes
 from serve.logs import configure_logging
 from serve.options import GatewayOptions, ModelOptions, ServeOptions
 from serve.plan import PlanRequest, plan
@@ -241,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     check.add_argument("file", metavar="FILE")
     _add_plan(commands.add_parser("plan", help="say how a model is best split over some devices; reads no weights"))
+    kubernetes = commands.add_parser("k8s", help="check Kubernetes manifests without a cluster")
+    add_kubernetes(kubernetes.add_subparsers(required=True, metavar="ACTION"))
     commands.add_parser("loadtest", help="put a server under load and say what it carries", add_help=False)
     return parser
 
