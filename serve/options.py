@@ -255,6 +255,11 @@ class ModelOptions:
         return self.tensor_parallel_size * self.pipeline_parallel_size * image
 
     @property
+    def max_num_replicas(self) -> int:
+        """Replicas there may be at a time."""
+        return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.max_replicas
+
+    @property
     def gpus_per_rank(self) -> float:
         """That a rank reserves on Ray."""
         return self.num_gpus if self.num_gpus is not None else float(self.device == "cuda")

@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from ray import serve as ray_serve
 from ray.serve import Application
 
 from serve.config import load_config, parse_config
+from serve.deployments.autoscaling import autoscaling_config
 from serve.deployments.gateway import GatewayDeployment
 from serve.deployments.hub import HubDeployment
 from serve.deployments.ranks import bundles
 from serve.deployments.replica import ReplicaDeployment
 from serve.deployments.router import ChosenReplicaRouter
+from serve.gateway.hold import sleepers
 from serve.options import ModelOptions, ServeOptions
+from serve.replica import Served
+from serve.replica import build as build_model
 
 HEALTH_PERIOD_S = 2.0
 """How often Serve asks a replica for its health; Serve's default of 10 s leaves a dead engine in rotation for long."""
@@ -43,18 +48,22 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def build_application(
-    options: ServeOptions, *, host: str | None = None, max_failed_starts: int = MAX_FAILED_STARTS
+    options: ServeOptions,
+    *,
+    host: str | None = None,
+    max_failed_starts: int = MAX_FAILED_STARTS,
+    build: Callable[..., Served] = build_model,
 ) -> Application:
     """The application of these options. A fresh secret joins its processes and no others.
 
     `host` is where hub and replicas listen for them; None is each node's own address. `max_failed_starts`: of a
-    deployment's first processes, before Serve gives the application up.
+    deployment's first processes, before Serve gives the application up. `build`: loads a replica's model.
     """
     secret, ports = secrets.token_bytes(32), options.gateway.channel_ports
     hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host, ports)
-    total = sum(model.num_replicas for model in options.models)
+    total = sum(model.max_num_replicas for model in options.models)
     models = {
-        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, ports, total)
+        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, ports, total, build)
         for model in options.models
     }
     gateway = _deployment(
@@ -68,7 +77,7 @@ def build_application(
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
-    return gateway.bind(options.gateway, secret, hub, models)
+    return gateway.bind(options.gateway, secret, hub, models, sleepers(options.models))
 
 
 def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -> ray_serve.Deployment:
@@ -82,7 +91,6 @@ def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -
         ReplicaDeployment,
         name=deployment_name(model),
         max_constructor_retry_count=max_failed_starts,
-        num_replicas=model.num_replicas,
         ray_actor_options=actor,
         # The engine batches what runs and bounds what waits; Serve must not hold requests back before it.
         max_ongoing_requests=model.max_num_seqs + model.max_num_waiting,
@@ -90,8 +98,15 @@ def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         request_router_config={"request_router_class": ChosenReplicaRouter},
+        **_number(model),
         **ranks,
     )
+
+
+def _number(model: ModelOptions) -> dict[str, Any]:
+    if model.autoscaling_config is None:
+        return {"num_replicas": model.num_replicas}
+    return {"autoscaling_config": autoscaling_config(model.autoscaling_config)}
 
 
 def _deployment(part: type, **options: Any) -> ray_serve.Deployment:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.channel import Attend
 from serve.deployments.router import ChosenReplicaRouter
 from serve.gateway.gateway import Gateway
+from serve.gateway.hold import Sleeper
 from serve.hub import ReplicaEntry
 from serve.logs import configure_logging
 from serve.options import GatewayOptions
@@ -25,7 +26,12 @@ class GatewayDeployment:
     """One gateway process. `models` maps the name of each model to the handle of its deployment."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, options: GatewayOptions, secret: bytes, hub: DeploymentHandle, models: dict[str, DeploymentHandle]
+        self,
+        options: GatewayOptions,
+        secret: bytes,
+        hub: DeploymentHandle,
+        models: dict[str, DeploymentHandle],
+        sleepers: tuple[Sleeper, ...],
     ) -> None:
         configure_logging()
         self._models = models
@@ -35,6 +41,8 @@ class GatewayDeployment:
             secret=secret,
             hub_address=hub.address.remote,
             attend_for=self._attend_for,
+            sleepers=sleepers,
+            wake=self._wake,
         )
         loop = asyncio.get_running_loop()
         ChosenReplicaRouter.on_retired = lambda ids: loop.call_soon_threadsafe(self._gateway.retire, ids)
@@ -57,6 +65,15 @@ class GatewayDeployment:
     async def __call__(self, request: Any) -> str:
         """What Serve's HTTP proxy gets, where one runs: enough for a health probe."""
         return "tandem: the API is at " + self._url
+
+    async def _wake(self, model: str) -> None:
+        """A call that Serve keeps until the model has a replica."""
+        response = self._models[model].wake.remote()
+        try:
+            await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
 
     def _attend_for(self, entry: ReplicaEntry) -> Attend | None:
         """A handle call that stays open at that replica as long as this gateway has streams there."""

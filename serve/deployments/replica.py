@@ -7,6 +7,8 @@ open, so that Serve does not end a replica that has work. To Serve a replica's o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 from ray import serve as ray_serve
@@ -17,7 +19,7 @@ from serve.deployments.ranks import RayLauncher
 from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
-from serve.replica import Replica, build, end_process
+from serve.replica import Replica, Served, build, end_process
 from serve.request import ModelCard
 
 
@@ -32,9 +34,10 @@ class ReplicaDeployment:
         host: str | None,
         ports: str | None,
         num_replicas: int,
+        build: Callable[..., Served] = build,
     ) -> None:
         """`host`, `ports`: where it listens for gateways, as `listening_address` takes them. `num_replicas`: of all
-        models of the application, spread over the cluster's nodes."""
+        models of the application at most, spread over the cluster's nodes. `build`: loads the model."""
         configure_logging()
         launcher = RayLauncher(options) if options.num_ranks > 1 else None
 
@@ -63,6 +66,13 @@ class ReplicaDeployment:
         if replica_id != self._id:
             raise ReplicaLost(f"replica {replica_id!r} is not in service")
         await self._replica.server.attend(session_id)
+
+    async def wake(self) -> None:
+        """There is a replica: this one. While there is none, Serve keeps the call and starts one because of it."""
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve for `LoadPolicy`, where the model scales."""
+        return asdict(self._replica.signals())
 
     async def card(self) -> ModelCard:
         return self._replica.card

@@ -25,6 +25,7 @@ from serve.deployments.reaper import watch_over
 from serve.errors import ConfigError, TandemError
 from serve.options import ServeOptions
 from serve.preflight import settle
+from serve.replica import Served, build
 from serve.request import ModelCard
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,12 @@ _ENVIRONMENT = {
 class RayApplication:
     """An `Application` on Ray Serve."""
 
-    def __init__(self, options: ServeOptions, *, ray_address: str | None = None) -> None:
+    def __init__(
+        self, options: ServeOptions, *, ray_address: str | None = None, build: Callable[..., Served] = build
+    ) -> None:
+        """`build`: loads a replica's model."""
         self._options = options
+        self._build = build
         self._ray_address = ray_address
         self._cards: list[ModelCard] = []
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -131,7 +136,10 @@ class RayApplication:
         try:
             handle = ray_serve.run(
                 build_application(
-                    options, host="127.0.0.1" if self._ray_address is None else None, max_failed_starts=1
+                    options,
+                    host="127.0.0.1" if self._ray_address is None else None,
+                    max_failed_starts=1,
+                    build=self._build,
                 ),
                 name=APPLICATION,
                 route_prefix="/tandem",
