@@ -16,10 +16,11 @@ THIRD_PARTY_RULES = {
     "fastapi": ("serve/gateway/",),
     "starlette": ("serve/gateway/", "loadtest/ray_baseline.py"),
     "uvicorn": ("serve/gateway/",),
-    "pydantic": ("serve/gateway/", "serve/config.py"),
+    "pydantic": ("serve/gateway/", "serve/config.py", "serve/deployments/serve_config.py"),
     "diffusers": ("models/dit/", "models/embedded/"),
     "transformers": ("models/", "loadtest/"),
     "llguidance": ("serve/text/grammar",),
+    "opentelemetry": ("serve/tracing.py",),
 }
 FORBIDDEN = {
     # files: what they never import, directly
@@ -57,6 +58,7 @@ TORCH_FREE = (
 )
 BARE_GPU_BOX = (
     *("ray", "pydantic", "fastapi", "starlette", "uvicorn", "msgspec", "diffusers", "prometheus_client", "llguidance"),
+    "opentelemetry",
 )
 MAX_LINES = 400
 
