@@ -19,6 +19,7 @@ from serve.engine.job import Job
 from serve.events import FinishReason
 from serve.metrics import METRICS, MODEL, UNKNOWN_MODEL, Metric, Role, Series, Snapshot
 from serve.request import ModelCard
+from serve.tracing import JobSpans
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +144,12 @@ def _combinations(metric: Metric, model: str) -> Iterator[dict[str, str]]:
 class EngineObserver:
     """Counts what an engine does: the engine's `Observer`, for any modality. Runs on the engine's thread."""
 
-    def __init__(self, recorder: Recorder, model: str):
+    def __init__(self, recorder: Recorder, model: str, spans: JobSpans | None = None):
+        """`spans`: who makes the spans of jobs that are traced."""
         recorder.admit(model)
         self._recorder = recorder
         self._model = model
+        self._spans = spans
         self._step_seconds = recorder.cell("tandem_step_seconds", model=model)
         self._step_jobs = recorder.cell("tandem_step_jobs", model=model)
         self._step_tokens = recorder.cell("tandem_step_tokens", model=model)
@@ -187,6 +190,8 @@ class EngineObserver:
         tokens.observe(stats.num_tokens)
 
     def on_finish(self, job: Job) -> None:
+        if self._spans is not None:
+            self._spans.ended(job)
         if job.finish_reason is not None:
             self._ended[job.finish_reason].count()
         if job.first_scheduled is not None:

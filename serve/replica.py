@@ -33,6 +33,7 @@ from serve.recorder import EngineObserver, Recorder
 from serve.request import ModelCard
 from serve.text.draft_length import AdaptiveLength
 from serve.text.prefix_digest import PrefixDigest
+from serve.tracing import JobSpans, start_tracing
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ class Replica:
         self._watching: asyncio.Task[None] | None = None
         self._observing: asyncio.Task[None] | None = None
         self._demand: Demand | None = None
+        tracing = start_tracing(replica_id)
+        self._spans = None if tracing is None else JobSpans(tracing, options.name)
         self.server: ChannelServer
 
     @property
@@ -218,7 +221,7 @@ class Replica:
 
     async def _load(self, recorder: Recorder, announcing: asyncio.Task[HubClient]) -> None:
         began = time.monotonic()
-        observer = EngineObserver(recorder, self._options.name)
+        observer = EngineObserver(recorder, self._options.name, self._spans)
         served = await asyncio.to_thread(self._build, self._options, observer, self._on_death)
         backend = served.backend
         observer.follow("tandem_requests_running", lambda: backend.load().running)
@@ -260,6 +263,8 @@ class Replica:
             await self._hub.aclose()
         await self.server.aclose()
         await self.server.backend.aclose()
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     async def _observe(self, demand: Demand) -> None:
         while True:

@@ -123,6 +123,9 @@ class TextRequest:
     are not given again; None: the choice has ended. `prompt_logprobs` is then None unless nothing has been given."""
     session: str = ""
     """Requests of one session go to one replica where nothing else decides. Empty: it belongs to none."""
+    traceparent: str = ""
+    tracestate: str = ""
+    """The span that this is part of, as the W3C writes it; empty: nobody traces it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +159,8 @@ class ImageRequest:
     delivered: tuple[int, ...] = ()
     """Images that another replica has finished, by index: they are not drawn again."""
     session: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
     """As of a text request."""
 
 

@@ -26,7 +26,7 @@ from serve.events import Event
 from serve.metrics import Snapshot
 from serve.request import ModelCard, Request
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a frame changes: processes of different versions refuse each other at once."""
 MAX_FRAME_BYTES = 64 << 20
 """Bounds what a peer can make this process hold. The largest frames are tokenizer bundles (about 20 MB today) and the

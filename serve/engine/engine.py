@@ -251,6 +251,8 @@ class Engine(Generic[J, B, O]):
             if job.first_scheduled is None:
                 job.first_scheduled = now
                 self._door.pass_on(job.id)
+        for job in jobs if batch.stage else ():
+            job.enter(batch.stage, now)
         flight = Flight(batch, jobs, now, is_alone=len(jobs) == 1 and not self._in_flight)
         try:
             flight.handle = self._runner.submit(batch)

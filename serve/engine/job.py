@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from serve.events import FinishReason
@@ -25,6 +25,9 @@ class Job:
     priority: int = 0
     """Larger is more urgent."""
     timeout_s: float | None = None
+    traceparent: str = ""
+    tracestate: str = ""
+    """The span that its life is part of, as the W3C writes it; empty: nobody traces it."""
 
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -37,6 +40,8 @@ class Job:
     cancelled: float | None = None
     """When its cancellation was asked for."""
     finished: float | None = None
+    stages: list[tuple[str, float]] = field(default_factory=list)
+    """Of a job that is traced and has more than one kind of step: which kind began when, in turns."""
 
     @property
     def deadline(self) -> float | None:
@@ -45,3 +50,8 @@ class Job:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    def enter(self, stage: str, now: float) -> None:
+        """A step of that kind begins."""
+        if self.traceparent and not (self.stages and self.stages[-1][0] == stage):
+            self.stages.append((stage, now))

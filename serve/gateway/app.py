@@ -22,6 +22,7 @@ from serve.gateway.pool import Pool
 from serve.gateway.routes import api_routes
 from serve.gateway.service import Service
 from serve.gateway.telemetry import Telemetry
+from serve.gateway.tracing import GatewayTracing
 from serve.options import GatewayOptions
 from serve.recorder import Recorder
 
@@ -42,11 +43,12 @@ def build_app(
     *,
     keys: Keys | None = None,
     drain: Drain | None = None,
+    tracing: GatewayTracing | None = None,
 ) -> FastAPI:
     """The application. `keys`: those of the options alone when not given."""
     keys = keys or Keys(options.api_key, metrics_require_key=options.metrics_require_key)
     drain = drain or Drain()
-    telemetry = Telemetry(recorder)
+    telemetry = Telemetry(recorder, tracing)
     service = Service(pool, options, telemetry, drain)
     recorder.follow("tandem_http_requests_in_flight", lambda: float(drain.num_in_flight))
     app = FastAPI(title="Tandem", docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)

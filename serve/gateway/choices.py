@@ -60,6 +60,7 @@ class Choice:
         self.num_reasoning = 0
         """Tokens of reasoning, its tags included."""
         self.is_finished = False
+        self.finish_reason: str | None = None
         self._options = options
         reading = options.reading
         self._parser = None if reading is None else reading.parser()
@@ -92,7 +93,7 @@ class Choice:
             if stop is not None or is_over:
                 self.is_finished = True
                 self._end_parsing(parsed)
-                reason = "tool_calls" if self._has_called else "stop"
+                reason = self.finish_reason = "tool_calls" if self._has_called else "stop"
                 return Piece(self.index, "".join(text), ids[:count], logprobs[:count], reason, stop, tuple(parsed))
         return Piece(self.index, "".join(text), ids, logprobs, parsed=tuple(parsed))
 
@@ -107,6 +108,7 @@ class Choice:
             return None
         self.is_finished = True
         if self._options.discard:
+            self.finish_reason = "length"
             return Piece(self.index, "", finish_reason="length")
         self.num_tokens = used.completion_tokens
         end = () if finished.stop_token_id is None else (finished.stop_token_id,)
@@ -120,6 +122,7 @@ class Choice:
         reason = "stop" if finished.reason is FinishReason.STOP or stop is not None or is_over else "length"
         if reason == "stop" and self._has_called:
             reason = "tool_calls"
+        self.finish_reason = reason
         asked_for = finished.stop_token_id if finished.stop_token_id in self._options.stop_token_ids else None
         stopped_by = asked_for if stop is None else stop
         return Piece(self.index, text, end, logprobs, reason, stopped_by, tuple(parsed), finished.score)

@@ -30,6 +30,15 @@ class RequestContext:
     model: str | None = None
     """The served model's own name, once it is known."""
     is_accepted: bool = False
+    response_id: str = ""
+    """As the answer tells it."""
+    finish_reasons: tuple[str, ...] = ()
+    """Of its choices, as far as they have ended."""
+    span: Any = None
+    """The span of this request, where it is traced."""
+    traceparent: str = ""
+    tracestate: str = ""
+    """The same for replicas; empty where it is not traced, or not sampled."""
     figures: dict[str, float] = field(default_factory=dict)
     """What the log tells of the work, by name; times end in _s."""
     error: BaseException | None = None

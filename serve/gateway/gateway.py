@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import cast
 
 from serve.channel import Attend, ChannelClient
 from serve.errors import EngineDead
@@ -12,13 +15,15 @@ from serve.gateway.app import build_app
 from serve.gateway.auth import LOOPBACK_NAMES, Keys, check_exposure
 from serve.gateway.drain import Drain
 from serve.gateway.hold import Hold, Sleeper, Wake
-from serve.gateway.pool import Pool
+from serve.gateway.pool import Pool, Remote
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
+from serve.gateway.tracing import GatewayTracing, TracedReplica
 from serve.hub import Address, HubClient
 from serve.options import GatewayOptions
 from serve.recorder import Recorder
 from serve.request import ModelCard
+from serve.tracing import start_tracing
 from serve.wire import ReplicaEntry
 
 
@@ -36,7 +41,7 @@ class Gateway:
         sleepers: Collection[Sleeper] = (),
         wake: Wake | None = None,
     ) -> None:
-        """`sleepers`: the models that may have no replica, which `wake` asks for."""
+        """`shares_port`: of `GatewayServer`. `sleepers`: the models that may have no replica; `wake` asks for one."""
         self._options = options
         self._gateway_id = gateway_id
         self._secret = secret
@@ -45,6 +50,8 @@ class Gateway:
         self._recorder = Recorder(gateway_id, "gateway")
         self._hold = Hold(sleepers, wake, timeout_s=options.wake_timeout_s)
         for model in self._hold.models:
+        tracing = start_tracing(gateway_id)
+        self._tracing = None if tracing is None else GatewayTracing(tracing)
             self._recorder.admit(model)
             self._recorder.follow("tandem_requests_held", partial(self._hold.num_held, model), model=model)
         self._pool = Pool(self._connect, recorder=self._recorder, hold=self._hold, max_wait_s=options.max_wait_s)
@@ -52,15 +59,30 @@ class Gateway:
         self._hub: HubClient | None = None
         self._server: GatewayServer | None = None
 
-    async def start(self) -> str:
-        """Listen and follow the hub; the URL. Models join as their replicas do. Raises ConfigError."""
+    async def start(self, *, meet: Collection[str] = (), within_s: float = 0.0) -> str:
+        """Follow the hub and listen; the URL. Models join as their replicas do. Raises ConfigError.
+
+        `meet`: models to wait for before it listens, `within_s` at most: one that follows another at a port takes no
+        request before it can serve it.
+        """
         keys = Keys.load(self._options)
         check_exposure(self._options, keys)
         hub = self._hub = await HubClient.connect(
             self._hub_address, secret=self._secret, process=self._gateway_id, recorder=self._recorder
         )
         hub.watch(self._pool.update)
-        app = build_app(self._pool, self._options, self._recorder, hub.render, keys=keys, drain=self._drain)
+        if within_s:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pool.meet(meet), within_s)
+        app = build_app(
+            self._pool,
+            self._options,
+            self._recorder,
+            hub.render,
+            keys=keys,
+            drain=self._drain,
+            tracing=self._tracing,
+        )
         self._server = GatewayServer(
             app,
             self._options,
@@ -106,13 +128,15 @@ class Gateway:
         if self._hub is not None:
             await self._hub.aclose()
 
-    async def _connect(self, entry: ReplicaEntry, on_lost: Callable[[], None]) -> ChannelClient:
-        return await ChannelClient.connect(
+    async def _connect(self, entry: ReplicaEntry, on_lost: Callable[[], None]) -> Remote:
+        remote: Remote = await ChannelClient.connect(
             entry.address,
             secret=self._secret,
             gateway_id=self._gateway_id,
             on_lost=on_lost,
             attend=self._attend_for(entry),
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         )
 
 
@@ -122,4 +146,7 @@ def _url(asked: str, host: str, port: int) -> str:
         shown = asked
     else:
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        if self._tracing is not None:
+            remote = cast(Remote, TracedReplica(remote, self._tracing, entry.replica_id))
+        return remote
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -34,13 +34,14 @@ class ImageEndpoint:
         self._recorder = recorder
 
     async def prepare(self, body: Any, card: ModelCard, caller: Caller) -> Prepared[ImagePiece]:
-        request = plan(body, card, caller.timeout_s)
+        request = plan(body, card, caller)
         shown = Shown(
             id="img-" + (body.request_id or caller.context.request_id),
             model=body.model or card.name,
             has_progress=bool(body.stream_progress),
             safety_identifier=body.safety_identifier or body.user,
         )
+        caller.context.response_id = shown.id
         return Prepared(
             ImageGeneration(request, self._pool.submit, _names(body)),
             ImageFormat(request, shown),
@@ -48,7 +49,7 @@ class ImageEndpoint:
         )
 
 
-def plan(body: Any, card: ModelCard, timeout_s: float) -> ImageRequest:
+def plan(body: Any, card: ModelCard, caller: Caller) -> ImageRequest:
     """What to submit. Raises InvalidRequest."""
     limits = card.image
     if limits is None:
@@ -71,8 +72,10 @@ def plan(body: Any, card: ModelCard, timeout_s: float) -> ImageRequest:
         output_format=body.output_format or "png",
         output_compression=body.output_compression if body.output_compression is not None else 100,
         priority=-(body.priority or 0),
-        timeout_s=timeout_s,
+        timeout_s=caller.timeout_s,
         session=body.user or "",
+        traceparent=caller.context.traceparent,
+        tracestate=caller.context.tracestate,
     )
 
 

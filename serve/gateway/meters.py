@@ -57,6 +57,8 @@ class TextMeter:
     def ended(self, error: BaseException | None) -> None:
         tokens = self._generation.tokens()
         self._context.figures["output_tokens"] = tokens.completion
+        self._context.figures |= {"cached_tokens": tokens.cached, "reasoning_tokens": tokens.reasoning}
+        self._context.finish_reasons = self._generation.finish_reasons()
         self._count("tandem_output_tokens_total", tokens.completion)
         self._count("tandem_cached_tokens_total", tokens.cached)
         self._observe("tandem_request_output_tokens", tokens.completion)

@@ -59,6 +59,7 @@ class Observe:
             return
         context = RequestContext(request_id=_request_id(scope), endpoint=_endpoint(scope["path"]))
         contexts.bind(scope, context)
+        self._telemetry.began(context, scope)
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -85,7 +86,7 @@ class Observe:
             if status == 0 and not isinstance(error, ClientGone):
                 await send_error(error, send_with_headers)
         finally:
-            self._telemetry.ended(context, context.error)
+            self._telemetry.ended(context, status)
             shown = 499 if isinstance(context.error, ClientGone) else status
             log_request(context, scope["method"], _shown_path(scope["path"]), shown)
 

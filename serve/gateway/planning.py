@@ -92,6 +92,8 @@ def plan(
                 timeout_s=caller.timeout_s,
                 cache_salt=_salt(caller.context.tenant, body.cache_salt),
                 session=_session(body),
+                traceparent=caller.context.traceparent,
+                tracestate=caller.context.tracestate,
             )
             parts.append(Part(request, number, tuple(Choice(index, tokenizer, options) for index in indices)))
     return parts

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
+
+from starlette.types import Scope
 
 from serve.errors import CODES, InvalidRequest, TandemError, Unavailable
 from serve.gateway.context import RequestContext
@@ -18,6 +21,7 @@ from serve.gateway.errors import (
     Unauthorized,
 )
 from serve.gateway.promises import availability
+from serve.gateway.tracing import GatewayTracing
 from serve.metrics import UNKNOWN_MODEL
 from serve.recorder import Recorder
 
@@ -36,15 +40,29 @@ _GENERATING = ("chat", "completions", "images")
 
 
 class Telemetry:
-    """Writes to one recorder."""
+    """Writes to one recorder, and spans where there is somebody to make them."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, tracing: GatewayTracing | None = None) -> None:
         self.recorder = recorder
+        self._tracing = tracing
 
-    def ended(self, context: RequestContext, error: BaseException | None) -> None:
+    def began(self, context: RequestContext, scope: Scope) -> None:
+        """The request's head is there."""
+        if self._tracing is not None:
+            self._tracing.began(context, scope["method"], scope["path"], dict(scope["headers"]))
+
+    def asked(self, context: RequestContext, body: Any) -> None:
+        """What a request that generates asks for is read and well-formed."""
+        if self._tracing is not None:
+            self._tracing.asked(context, body)
+
+    def ended(self, context: RequestContext, status: int) -> None:
         """The answer is out, or nobody waits for it any more."""
         if context.endpoint is None:
             return
+        error = context.error
+        if self._tracing is not None and context.span is not None:
+            self._tracing.ended(context, status)
         model = self._model(context)
         recorder = self.recorder
         outcome = outcome_of(error)

@@ -65,6 +65,7 @@ class TextEndpoint:
             has_usage=bool(shows and shows.include_usage),
             has_running_usage=bool(shows and shows.include_usage and shows.continuous_usage_stats),
         )
+        caller.context.response_id = envelope.id
         generation = TextGeneration(parts, self._pool.submit)
         return Prepared(
             generation,

@@ -97,6 +97,11 @@ class TextGeneration:
                 used.cached += part.choices[0].num_cached
         return used
 
+    def finish_reasons(self) -> tuple[str, ...]:
+        """Of the choices that have ended, all prompts'."""
+        reasons = (choice.finish_reason for part in self._parts for choice in part.choices)
+        return tuple(reason for reason in reasons if reason is not None)
+
     async def aclose(self) -> None:
         """Cancel what is unfinished. At any time, more than once."""
         streams, self._streams = self._streams, []

@@ -97,6 +97,8 @@ class ImageBackend:
             id=f"{request.request_id}/{next(self._serial)}",
             priority=request.priority,
             timeout_s=request.timeout_s,
+            traceparent=request.traceparent,
+            tracestate=request.tracestate,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             width=request.width,

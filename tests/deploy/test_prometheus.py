@@ -168,7 +168,7 @@ def load(server: Serving) -> None:
             next(left.iter_bytes())
         assert client.post("/v1/completions", json=text | {"prompt": "x", "max_tokens": -1}).status_code == 400
         late = image | {"num_inference_steps": 200, "timeout": 0.01}
-        assert client.post("/v1/images/generations", json=late).status_code == 504
+        assert client.post("/v1/images/generations", json=late).status_code in (429, 504)  # as it is told early or late
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
 
 

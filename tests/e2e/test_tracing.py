@@ -1,0 +1,191 @@
+"""Real spans of a running server, as a collector gets them: a chat, an image, a request whose replica ends."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Serving, eventually, serving
+
+from models.embedded.paths import EMBEDDED
+
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
+
+from otlp import Collector, Span, collecting  # noqa: E402
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+SERVER, CLIENT = 2, 3
+"""OTLP's numbers of a span's kind."""
+
+
+@pytest.fixture(scope="module")
+def collector():
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(collector):
+    if not (Path(EMBEDDED["tandem-text"]) / "model.safetensors").exists():
+        pytest.skip("the embedded models are not here")
+    options = ("--no-ray", "--num-replicas", "2", "--threads", "1", "--drain-timeout-s", "0.2")
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with serving(*options, **environment) as running:
+        yield running
+
+
+def ask(server: Serving, path: str, body: dict, request_id: str, **headers: str) -> httpx.Response:
+    return httpx.post(f"{server.url}{path}", json=body, headers={"x-request-id": request_id, **headers}, timeout=60)
+
+
+def whole(collector: Collector, request_id: str, names: set[str]) -> Span:
+    """The request's root, once spans of all these names have arrived below it."""
+
+    def root() -> Span | None:
+        found = collector.root(request_id)
+        here = {span.name for span in collector.spans if found is not None and span.trace == found.trace}
+        return found if names <= here else None
+
+    return eventually(root, within_s=20)
+
+
+def follow_each_other(spans: list[Span]) -> bool:
+    return all(before.start_ns <= before.end_ns <= after.start_ns + 10_000 for before, after in pairwise(spans))
+
+
+def test_a_chat_is_one_trace_from_its_caller_to_the_decode(server, collector):
+    body = {"model": "tandem-text", "messages": [{"role": "user", "content": "What is 27 + 58?"}], "max_tokens": 9}
+    body |= {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["nowhere to be found"]}
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=opaque"}
+    answer = ask(server, "/v1/chat/completions", body, "chat-1", **headers).json()
+    root = whole(collector, "chat-1", {"job", "queue", "prefill", "decode", "replica"})
+    assert (root.trace, root.parent, root.kind) == (TRACE, PARENT, SERVER)
+    assert collector.tree(root) == ["chat tandem-text", ["replica", ["job", "queue", "prefill", "decode"]]]
+    [replica] = collector.children(root)
+    [job] = collector.children(replica)
+    assert replica.kind == CLIENT and root.process == replica.process == "gateway-0"
+    assert job.process == replica.attributes["tandem.replica.id"] and job.process.startswith("replica-")
+    parts = collector.children(job)
+    assert follow_each_other(parts)
+    assert (parts[0].start_ns, parts[-1].end_ns) == (job.start_ns, job.end_ns)
+    assert root.start_ns <= job.start_ns <= job.end_ns <= root.end_ns
+    usage = answer["usage"]
+    expected = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "tandem",
+        "gen_ai.output.type": "text",
+        "gen_ai.request.model": "tandem-text",
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.9,
+        "gen_ai.request.seed": 7,
+        "gen_ai.request.stream": False,
+        "gen_ai.response.id": answer["id"],
+        "gen_ai.response.model": "tandem-text",
+        "gen_ai.response.finish_reasons": [answer["choices"][0]["finish_reason"]],
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "http.request.method": "POST",
+        "http.route": "/v1/chat/completions",
+        "http.response.status_code": 200,
+    }
+    assert {name: root.attributes.get(name) for name in expected} == expected
+    assert 0 < root.attributes["gen_ai.response.time_to_first_chunk"] < 60
+    assert job.attributes["tandem.num_prompt"] == usage["prompt_tokens"]
+
+
+def test_an_image_goes_through_its_stages(server, collector):
+    body = {"model": "tandem-image", "prompt": "a red circle", "num_inference_steps": 6, "stream": True}
+    ask(server, "/v1/images/generations", body | {"partial_images": 1, "seed": 3}, "image-1")
+    root = whole(collector, "image-1", {"job", "queue", "encode", "denoise", "decode", "replica"})
+    stages = ["queue", "encode", "denoise", "decode", "denoise", "decode"]  # the first decode is the preview's
+    assert collector.tree(root) == ["generate_content tandem-image", ["replica", ["job", *stages]]]
+    [job] = collector.children(collector.children(root)[0])
+    assert follow_each_other(collector.children(job))
+    assert root.attributes["gen_ai.output.type"] == "image" and root.attributes["gen_ai.request.seed"] == 3
+    assert root.attributes["tandem.usage.denoise_steps"] == 6 and root.attributes["tandem.usage.images"] == 1
+    assert job.attributes["tandem.width"] > 0
+
+
+def test_a_request_that_moves_is_one_trace_with_spans_of_both_replicas(server, collector):
+    body = {"model": "tandem-text", "prompt": "the cat", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    read = {number: 0 for number in range(4)}
+
+    def stream(number: int) -> None:
+        headers = {"x-request-id": f"moved-{number}"}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=90) as answer:
+            for line in answer.iter_lines():
+                read[number] += line.startswith("data: {")
+
+    clients = [threading.Thread(target=stream, args=(number,), daemon=True) for number in read]
+    for client in clients:
+        client.start()
+    eventually(lambda: all(number > 5 for number in read.values()), within_s=60, every_s=0.01)
+    [victim] = server.children("replica-0-0")
+    victim.terminate()  # its drain is shorter than the streams
+    for client in clients:
+        client.join(timeout=90)
+        assert not client.is_alive()
+    roots = [whole(collector, f"moved-{number}", {"replica", "job", "decode"}) for number in read]
+    moved = next(root for root in roots if len(collector.children(root)) == 2)
+    eventually(lambda: all(collector.children(span) for span in collector.children(moved)), within_s=20)
+    first, second = collector.children(moved)
+    assert (first.attributes["tandem.replica.id"], second.attributes["tandem.replica.id"]) == (
+        "replica-0-0",
+        "replica-0-1",
+    )
+    assert first.has_failed and first.attributes["error.type"] == "draining"
+    assert second.links == [first.id] and not (second.has_failed or moved.has_failed)
+    [left], [rest] = collector.children(first), collector.children(second)
+    assert (left.process, rest.process) == ("replica-0-0", "replica-0-1")
+    assert left.attributes["tandem.finish_reason"] in ("cancelled", "error")
+    assert [span.name for span in collector.children(rest)] == ["queue", "prefill", "decode"]
+    assert moved.attributes["gen_ai.usage.output_tokens"] == 1500
+
+
+def test_a_replica_that_is_killed_leaves_the_gateways_span_of_it(server, collector):
+    """Its own spans die with it; the trace tells all the same where the request was, and why it went on elsewhere."""
+    eventually(lambda: server.metric("tandem_replicas") == 4, within_s=60)
+    body = {"model": "tandem-image", "prompt": "a red circle", "num_inference_steps": 200}
+    client = threading.Thread(target=ask, args=(server, "/v1/images/generations", body, "killed"), daemon=True)
+    client.start()
+    eventually(lambda: server.metric("tandem_requests_running") == 1, within_s=30, every_s=0.01)
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    [busy] = [
+        line for line in text.splitlines() if line.startswith("tandem_requests_running") and line.endswith(" 1.0")
+    ]
+    name = busy.split('process="')[1].split('"')[0]
+    server.children(name)[-1].kill()
+    client.join(timeout=90)
+    root = whole(collector, "killed", {"job", "denoise"})
+    first, second = collector.children(root)
+    assert first.attributes["tandem.replica.id"] == name and first.attributes["error.type"] == "replica_lost"
+    assert second.links == [first.id] and collector.children(first) == [] and len(collector.children(second)) == 1
+
+
+def test_refusals_tell_their_reason_and_nothing_goes_to_a_replica(server, collector):
+    body = {"model": "tandem-text", "prompt": "secret words", "max_tokens": -3}
+    assert ask(server, "/v1/completions", body, "refused").status_code == 400
+    root = whole(collector, "refused", set())
+    assert root.attributes["error.type"] == "invalid_request" and root.attributes["http.response.status_code"] == 400
+    assert not root.has_failed and collector.children(root) == [] and root.name == "text_completion"
+
+
+def test_what_the_caller_does_not_sample_leaves_no_span(server, collector):
+    other = "5bf92f3577b34da6a3ce929d0e0e4737"
+    body = {"model": "tandem-text", "prompt": "x", "max_tokens": 2}
+    ask(server, "/v1/completions", body, "unsampled", traceparent=f"00-{other}-{PARENT}-00")
+    ask(server, "/v1/completions", body, "sampled")
+    whole(collector, "sampled", {"replica", "job", "decode"})
+    assert collector.root("unsampled") is None and other not in {span.trace for span in collector.spans}
+
+
+def test_no_span_holds_what_was_asked_or_answered(server, collector):
+    roots = {"chat tandem-text", "text_completion", "text_completion tandem-text", "generate_content tandem-image"}
+    stages = {"replica", "job", "queue", "prefill", "decode", "encode", "denoise"}
+    assert {span.name for span in collector.spans} == roots | stages
+    for text in (b"27 + 58", b"red circle", b"secret words", b"nowhere to be found", b"the cat"):
+        assert not any(text in body for body in collector.raw)
