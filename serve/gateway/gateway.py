@@ -48,10 +48,10 @@ class Gateway:
         self._hub_address = hub_address
         self._attend_for = attend_for
         self._recorder = Recorder(gateway_id, "gateway")
-        self._hold = Hold(sleepers, wake, timeout_s=options.wake_timeout_s)
-        for model in self._hold.models:
         tracing = start_tracing(gateway_id)
         self._tracing = None if tracing is None else GatewayTracing(tracing)
+        self._hold = Hold(sleepers, wake, timeout_s=options.wake_timeout_s)
+        for model in self._hold.models:
             self._recorder.admit(model)
             self._recorder.follow("tandem_requests_held", partial(self._hold.num_held, model), model=model)
         self._pool = Pool(self._connect, recorder=self._recorder, hold=self._hold, max_wait_s=options.max_wait_s)
@@ -127,6 +127,8 @@ class Gateway:
         await self._pool.aclose()
         if self._hub is not None:
             await self._hub.aclose()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def _connect(self, entry: ReplicaEntry, on_lost: Callable[[], None]) -> Remote:
         remote: Remote = await ChannelClient.connect(
@@ -135,9 +137,10 @@ class Gateway:
             gateway_id=self._gateway_id,
             on_lost=on_lost,
             attend=self._attend_for(entry),
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
         )
+        if self._tracing is not None:
+            remote = cast(Remote, TracedReplica(remote, self._tracing, entry.replica_id))
+        return remote
 
 
 def _url(asked: str, host: str, port: int) -> str:
@@ -146,7 +149,4 @@ def _url(asked: str, host: str, port: int) -> str:
         shown = asked
     else:
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        if self._tracing is not None:
-            remote = cast(Remote, TracedReplica(remote, self._tracing, entry.replica_id))
-        return remote
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
