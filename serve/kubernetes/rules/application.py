@@ -30,7 +30,8 @@ def config_is_mounted(overlay: Overlay) -> Said:
         if not (pod.is_ray or pod.role == "server"):
             continue
         volume = pod.volume_at(CONFIG_PATH)
-        if volume is None or volume.get("configMap", {}).get("name") not in holders:
+        paths = {mount["mountPath"] for mount in pod.spec["containers"][0].get("volumeMounts", ())}
+        if volume is None or volume.get("configMap", {}).get("name") not in holders or CONFIG_MOUNT not in paths:
             yield pod.place, f"the ConfigMap with config.yaml is not mounted at {CONFIG_MOUNT}"
         command = pod.spec["containers"][0].get("args", [])
         if pod.role == "server" and command[:1] == ["serve"] and CONFIG_PATH not in command:
