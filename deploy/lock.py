@@ -38,7 +38,7 @@ def main() -> None:
     if here != f"{PYTHON} linux-x86_64":
         raise SystemExit(f"lock: this is Python {here}, the images have {PYTHON} linux-x86_64; use that one")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = project["project"]["dependencies"]
+    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"].get("otel", [])
     cuda = resolve(wanted)
     torch = next(item for item in cuda if item["metadata"]["name"] == "torch")["metadata"]["version"]
     cpu = resolve([*wanted, f"torch=={torch}+cpu"], "--find-links", arguments.torch_cpu)
