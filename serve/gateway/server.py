@@ -17,11 +17,11 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from serve.errors import ConfigError, Draining
+from serve.gateway.acceptor import Acceptor
 from serve.gateway.drain import Drain
 from serve.gateway.protocol import LimitedProtocol, Limits
 from serve.options import GatewayOptions
 
-BACKLOG = 2048
 LAST_WORDS_S = 2.0
 """For error events to reach clients after a drain ran out."""
 
@@ -52,23 +52,23 @@ class GatewayServer:
             timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]  # seconds, whole or not
         )
         self._config.load()
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._clock: asyncio.Task[None] | None = None
 
     async def start(self) -> tuple[str, int]:
         """Listen; the actual address. Raises ConfigError when it cannot be bound."""
-        loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._protocol, sock=self._bind(), backlog=BACKLOG)
+            listener = self._bind()
+            self._acceptor = Acceptor(listener, self._protocol)
         except (OSError, OverflowError) as error:
             raise ConfigError(_why(error, self._options)) from None
         self._clock = asyncio.create_task(self._tell_time())
-        host, port = self._server.sockets[0].getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         return host, port
 
     @property
     def is_listening(self) -> bool:
-        return self._server is not None and self._server.is_serving()
+        return self._acceptor is not None and self._acceptor.is_listening
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new work and wait for what runs; after `timeout_s` end it with an error."""
@@ -81,8 +81,8 @@ class GatewayServer:
         self._drain.begin()
         if self._clock is not None:
             self._clock.cancel()
-        if self._server is not None:
-            self._server.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         await self._cut_short()
         for connection in list(self._state.connections):
             connection.transport.close()
