@@ -4,9 +4,10 @@ A layer's cache is [blocks, 2, K, block, H]: the gather copies runs of one head'
 lays them one after the other, so that the kernel finds each head's keys and values as one matrix. With the heads inside
 the positions it had to step over the others' rows: 14 against 9 ms for a layer of 32 decodes over 576 positions (two
 threads, Intel Xeon with AMX). Decodes are batched, and keep what they gathered from step to step
-(`decode_groups.py`); the G query heads of a key head are rows of one product. A prefill chunk is computed sequence by
-sequence in tiles of queries, each against the keys its last row sees. Fresh memory is asked for as little as can be:
-with new pages every step the gather costs six times more (50 against 8 ms for 39 MB, one thread, AMD EPYC).
+(`decode_groups.py`); the G query heads of a key head are rows of one product. In bfloat16 with the extra `cpu` they are
+computed where they lie instead (`cpu_paged.py`), but for those with a common prompt. A prefill chunk is computed
+sequence by sequence in tiles of queries, each against the keys its last row sees. Fresh memory is asked for as little
+as can be: with new pages every step the gather costs six times more (50 against 8 ms for 39 MB, one thread, AMD EPYC).
 
 Decodes that begin with the same blocks (a common prompt) attend those once, all their queries in one product, and each
 its own rest; the two parts are joined by their log-sum-exp (as cascade attention, Ye et al., FlashInfer 2024). With 32
@@ -27,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import gcd, prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ import torch
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.decode_groups import DecodeGroup, DecodeGroups, rows_of, runs_of
 from models.attention.dense import attend_dense
+
+if TYPE_CHECKING:
+    from models.attention.cpu_paged import PagedDecode, PagedDecodes
 
 _TILE = 256
 """Queries of a prefill tile. Bounds the masked half of the square that is computed in vain."""
@@ -57,8 +62,10 @@ class _Decodes:
     rows_S: torch.Tensor | slice
     """Their rows among the tokens of the step, in the order of the groups."""
     groups: list[DecodeGroup]
-    common_R: torch.Tensor | None
+    common_R: torch.Tensor | None = None
     """Of the blocks all begin with, which the groups leave out. None: they have nothing in common."""
+    paged: PagedDecodes | None = None
+    """What the compiled loop computes instead of groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,7 @@ class CpuAttention:
         # than the work (10.5 against 6.6 ms for 32 sequences of 576 positions, 8 heads of 128, 2 rows a head). For one
         # row, and in float32, it has quicker ways of its own.
         self._multiplies = self._num_groups > 1 and spec.dtype != torch.float32
+        self._paged = _compiled(spec)
 
     def allocate(self, num_blocks: int) -> list[torch.Tensor]:
         spec = self._spec
@@ -138,7 +146,7 @@ class CpuAttention:
         new_TRH = new_T2KH.reshape(len(q_TNH), -1, self._spec.head_dim)
         kv.view(-1, self._spec.head_dim).index_copy_(0, plan.places_R, new_TRH.flatten(0, 1))
         if window not in plan.work:
-            plan.work[window] = self._work(plan.layout, window, may_share=softcap is None)
+            plan.work[window] = self._work(plan.layout, window, is_plain=softcap is None)
         decodes, chunks = plan.work[window]
         if len(decodes) == 1 and isinstance(decodes[0].rows_S, slice) and not chunks:
             return self._decode(q_TNH, new_TRH, kv, decodes[0], scale, softcap)
@@ -160,6 +168,9 @@ class CpuAttention:
         scale: float,
         softcap: float | None,
     ) -> torch.Tensor:
+        if decodes.paged is not None:
+            assert self._paged is not None
+            return self._paged.attend(q_SNH, kv, decodes.paged, scale)
         if decodes.common_R is not None:
             return self._decode_family(q_SNH, new_SRH, kv, decodes, scale)
         outs = []
@@ -274,19 +285,23 @@ class CpuAttention:
         keys, values = gathered.view(2, num, self._spec.num_kv_heads, -1, self._spec.head_dim)
         return keys, values
 
-    def _work(self, layout: TokenLayout, window: int | None, *, may_share: bool) -> tuple[list[_Decodes], list[_Chunk]]:
+    def _work(self, layout: TokenLayout, window: int | None, *, is_plain: bool) -> tuple[list[_Decodes], list[_Chunk]]:
         lengths = [new + computed for new, computed in zip(layout.num_new, layout.num_computed, strict=True)]
         starts = list(chain((0,), np.cumsum(layout.num_new).tolist()))
         alone = [index for index, num_new in enumerate(layout.num_new) if num_new == 1]
         decodes = []
-        for members, num_common in self._families(alone, lengths, layout) if may_share and window is None else ():
+        for members, num_common in self._families(alone, lengths, layout) if is_plain and window is None else ():
             alone = [index for index in alone if index not in members]
             common_R = runs_of(np.array([layout.block_tables[members[0]][:num_common]]), self._spec.num_kv_heads)
             order, groups = self._groups.plan(members, lengths, layout, num_common=num_common)
             decodes.append(_Decodes(rows_of(order, starts), groups, common_R))
-        if alone:
+        if alone and self._paged is not None and is_plain:
+            tables = [layout.block_tables[index] for index in alone]
+            paged = self._paged.plan(tables, [lengths[index] for index in alone], window)
+            decodes.append(_Decodes(rows_of(alone, starts), [], paged=paged))
+        elif alone:
             order, groups = self._groups.plan(alone, lengths, layout, window=window)
-            decodes.append(_Decodes(rows_of(order, starts), groups, None))
+            decodes.append(_Decodes(rows_of(order, starts), groups))
         chunks = [
             self._chunk(starts[index], num_new, lengths[index], layout.block_tables[index], window)
             for index, num_new in enumerate(layout.num_new)
@@ -333,6 +348,17 @@ class CpuAttention:
         if window is not None:
             hidden |= keys <= queries - window
         return torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0))).to(self._spec.dtype)
+
+
+def _compiled(spec: KVCacheSpec) -> PagedDecode | None:
+    """The compiled loop, where the cache is what it is made for and the extra `cpu` is installed."""
+    if spec.dtype != torch.bfloat16 or spec.block_size % 4 or spec.head_dim % 2:
+        return None
+    try:
+        from models.attention.cpu_paged import IS_AVAILABLE, PagedDecode
+    except ImportError:  # not installed, or it does not know this numpy yet
+        return None
+    return PagedDecode(spec) if IS_AVAILABLE else None
 
 
 def _scores(q_SKGH: torch.Tensor, keys: torch.Tensor, mask_S11L: torch.Tensor, scale: float) -> torch.Tensor:

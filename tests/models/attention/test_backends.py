@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from models.attention import cpu
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.attention.build import make_attention
 
@@ -22,6 +23,16 @@ TOLERANCE = {
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16, compiled"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """In bfloat16, decodes on CPU are computed by torch's kernels or by a compiled loop."""
+    if request.param.endswith("compiled"):
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(cpu, "_compiled", lambda spec: None)
+    return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
 def spec_of(kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int = 16) -> KVCacheSpec:
@@ -69,7 +80,6 @@ SCHEDULE: list[dict[str, int]] = [
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("window", [None, 7, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backend_equals_the_reference(
     name: str, window: int | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
@@ -100,7 +110,6 @@ def test_several_groups_of_decodes_equal_the_reference(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_common", [140, 200])
 def test_decodes_that_begin_with_the_same_blocks_equal_the_reference(
     num_common: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -141,7 +150,6 @@ def departures_and_arrivals() -> list[dict[str, int]]:
     return schedule + [{"z": 50, "g": 1, "i": 1}] + [dict.fromkeys("hzgi", 1)] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
 def test_decodes_that_leave_and_join_equal_the_reference(
     heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -154,7 +162,7 @@ def test_decodes_that_leave_and_join_equal_the_reference(
 def test_decodes_without_memory_for_copies_equal_the_reference(
     max_positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.attention import cpu, decode_groups
+    from models.attention import decode_groups
 
     spec = spec_of(2, 16, torch.float32)
     position_bytes = spec.block_bytes / spec.block_size
@@ -176,9 +184,8 @@ def test_a_step_that_was_planned_and_never_computed_is_made_good() -> None:
         torch.testing.assert_close(out, reference.attend(q, new_kv, theirs, reference.plan(layout), scale=1.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -> None:
-    """Over sizes where MKL's float32 kernels agree too; for bfloat16 it holds wherever it was tried."""
+    """For torch's kernels over sizes where MKL's agree; the compiled loop knows no mates."""
     spec = spec_of(2, 32, dtype)
     lengths = {"a": 33, "b": 290, "c": 64, "d": 5}
     alone = {name: decode_with({name: lengths[name]}, spec)[name] for name in lengths}
@@ -188,19 +195,46 @@ def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -
                 assert torch.equal(out, alone[name]), f"{name} among {mates}"
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_blocks_of_a_poisoned_sequence_are_safe_to_reuse(name: str) -> None:
-    spec = spec_of(2, 16, torch.float32)
-    attention = make_attention(name, spec, 4)
+def test_blocks_of_a_poisoned_sequence_are_safe_to_reuse(dtype: torch.dtype) -> None:
+    spec = spec_of(2, 16, dtype)
+    attention = make_attention("cpu", spec, 4)
     (cache,) = attention.allocate(4)
-    ones = torch.ones(64, 2, 2, 16)
+    ones = torch.ones(64, 2, 2, 16, dtype=dtype)
     poisoned = TokenLayout(num_new=[64], num_computed=[0], block_tables=[[0, 1, 2, 3]])
     nan = float("nan")
-    attention.attend(torch.ones(64, 4, 16), ones * nan, cache, attention.plan(poisoned), scale=1.0)
+    attention.attend(ones[:, 0].repeat(1, 2, 1), ones * nan, cache, attention.plan(poisoned), scale=1.0)
     for start, num in ((0, 18), (18, 1), (19, 14), (33, 1)):
         layout = TokenLayout(num_new=[num], num_computed=[start], block_tables=[[2, 0, 1]])
-        out = attention.attend(torch.ones(num, 4, 16), ones[:num], cache, attention.plan(layout), scale=1.0)
+        q = ones[:num, 0].repeat(1, 2, 1)
+        out = attention.attend(q, ones[:num], cache, attention.plan(layout), scale=1.0)
         torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_a_poisoned_sequence_gives_nan_and_its_mates_their_numbers(dtype: torch.dtype) -> None:
+    spec = spec_of(2, 16, dtype)
+    attention = make_attention("cpu", spec, 4)
+    (cache,) = attention.allocate(4)
+    layout = TokenLayout(num_new=[1, 1], num_computed=[0, 0], block_tables=[[0], [1]])
+    new = torch.ones(2, 2, 2, 16, dtype=dtype)
+    new[0] = float("nan")
+    out = attention.attend(torch.ones(2, 4, 16, dtype=dtype), new, cache, attention.plan(layout), scale=1.0)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1], torch.ones_like(out[1]))
+
+
+def test_the_compiled_loop_rounds_only_its_result() -> None:
+    pytest.importorskip("numba")
+    spec = spec_of(2, 64, torch.bfloat16)
+    attention = make_attention("cpu", spec, 6)
+    (cache,) = attention.allocate(NUM_BLOCKS)
+    steps = Steps(spec, 6)
+    layout, q, new = steps.next({"a": 400})
+    attention.attend(q, new, cache, attention.plan(layout), scale=0.3)
+    layout, q, new = steps.next({"a": 1})
+    (out,) = attention.attend(q, new, cache, attention.plan(layout), scale=0.3)
+    keys, values = cache[steps.tables["a"]].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :401]
+    weights = torch.softmax(q.double().view(2, 3, 64) @ keys.mT * 0.3, -1)
+    torch.testing.assert_close(out.double(), (weights @ values).view(6, 64), rtol=2**-8, atol=1e-5)
 
 
 def compare(
