@@ -24,10 +24,10 @@ from serve.options import ModelOptions
 NEUTRAL = frozenset(
     {
         "served_model_name", "threads", "num_replicas", "autoscaling_config", "num_cpus", "num_gpus",
-        "accelerator_type", "max_num_batched_tokens", "max_num_waiting", "max_num_seqs", "max_num_images", "step_timeout_s",
-        "canary_period_s", "block_size", "enable_prefix_caching", "gpu_memory_utilization", "kv_cache_memory_bytes",
-        "enforce_eager", "chat_template", "tool_call_parser", "reasoning_parser", "slo_ttft_s", "slo_tpot_s",
-        "slo_image_s",
+        "accelerator_type", "max_surge_percent", "max_num_batched_tokens", "max_num_waiting", "max_num_seqs",
+        "max_num_images", "step_timeout_s", "canary_period_s", "block_size", "enable_prefix_caching",
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager", "chat_template", "tool_call_parser",
+        "reasoning_parser", "slo_ttft_s", "slo_tpot_s", "slo_image_s",
     }
 )  # fmt: skip
 """Options that place, bound or measure: outputs do not depend on how they are batched. What is not listed counts."""

@@ -22,6 +22,8 @@ from serve.gateway.drain import Drain
 from serve.gateway.protocol import LimitedProtocol, Limits
 from serve.options import GatewayOptions
 
+NEWCOMERS_S = 1.0
+"""For the first request on a connection that was made just before the port was left to others."""
 LAST_WORDS_S = 2.0
 """For error events to reach clients after a drain ran out."""
 
@@ -36,8 +38,11 @@ class GatewayServer:
         drain: Drain | None = None,
         *,
         refused_connection: Callable[[], None] = lambda: None,
+        shares_port: bool | None = None,
     ) -> None:
+        """`shares_port`: others may listen there too (SO_REUSEPORT). None: when there are several gateways."""
         self._options = options
+        self._shares_port = options.num_gateways > 1 if shares_port is None else shares_port
         self._drain = drain or Drain()
         self._state = ServerState()
         self._limits = Limits(options, refused_connection)
@@ -76,6 +81,25 @@ class GatewayServer:
         if not await self._drain.idle(timeout_s):
             await self._cut_short()
 
+    async def hand_over(self, timeout_s: float) -> None:
+        """Leave the port to others, who share it: finish what runs, and see that clients connect anew.
+
+        What comes on connections that are open is still answered, so that nobody is refused between the two."""
+        assert self._acceptor is not None
+        self._acceptor.close()
+        self._retire_connections(spare_new=True)
+        await asyncio.sleep(min(NEWCOMERS_S, timeout_s))
+        self._retire_connections()
+        await self.drain(timeout_s)
+
+    def _retire_connections(self, *, spare_new: bool = False) -> None:
+        """Close those that wait for a request, and the others after their answer. `spare_new`: a client that has just
+        connected may be sending its first request."""
+        for connection in list(self._state.connections):
+            assert isinstance(connection, LimitedProtocol)
+            if not (spare_new and connection.cycle is None):
+                connection.shutdown()
+
     async def aclose(self) -> None:
         """Close the socket and every connection; what still runs ends with an error."""
         self._drain.begin()
@@ -104,7 +128,7 @@ class GatewayServer:
         listener = socket.socket(family, kind, proto)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self._options.num_gateways > 1:
+            if self._shares_port:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
         except BaseException:

@@ -402,3 +402,43 @@ def test_two_gateways_share_a_port():
             await second.aclose()
 
     run(scenario)
+
+
+def test_a_gateway_that_leaves_its_port_to_another_refuses_nobody(monkeypatch):
+    """Requests that run, one on a connection that was just made, and those that come afterwards."""
+    monkeypatch.setattr("serve.gateway.server.NEWCOMERS_S", 0.2)
+
+    async def scenario():
+        old, new = FakeBackend(gate=asyncio.Event(), replica_id="old"), FakeBackend(replica_id="new")
+        async with fake_gateway(old) as first_gateway, fake_gateway(new) as second_gateway:
+            options = GatewayOptions(port=0)
+            first = GatewayServer(first_gateway.app, options, first_gateway.drain, shares_port=True)
+            _, port = await first.start()
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            async with httpx.AsyncClient(timeout=10) as client:
+                running = asyncio.create_task(client.post(url, json=CHAT))
+                while not old.open:
+                    await asyncio.sleep(0.01)
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                await asyncio.sleep(0.01)
+                second = GatewayServer(second_gateway.app, GatewayOptions(port=port), shares_port=True)
+                await second.start()
+                leaving = asyncio.create_task(first.hand_over(10))
+                await asyncio.sleep(0)
+                body = json.dumps(CHAT).encode()
+                writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                while len(old.open) < 2:
+                    await asyncio.sleep(0.01)
+                assert [(await client.post(url, json=CHAT)).status_code for _ in range(5)] == [200] * 5
+                assert len(new.requests) == 5
+                old.gate.set()
+                answer = await running
+                assert answer.status_code == 200
+                late = await asyncio.wait_for(reader.read(), 10)
+                assert status(late) == 200
+                writer.close()
+                await leaving
+            await first.aclose()
+            await second.aclose()
+
+    run(scenario)
