@@ -81,6 +81,7 @@ class Hub:
         self._listener = Listener(secret, _PURPOSE, accepts=_TO_HUB, on_ready=self._meet)
         self._members: set[_Member] = set()
         self._lives: dict[str, _Life] = {}
+        self._wanted: dict[str, int] = {}
 
     async def start(self, address: str) -> str:
         """Listen and return the actual address. Raises ValueError and OSError."""
@@ -93,6 +94,17 @@ class Hub:
         """The registered replicas, by id."""
         entries = [member.entry for member in self._members if member.entry is not None]
         return sorted(entries, key=lambda entry: entry.replica_id)
+
+    def want(self, model: str, num_replicas: int) -> None:
+        """So many replicas of `model` are asked for, by whoever scales it."""
+        before = self._wanted.get(model, num_replicas)
+        self._wanted[model] = num_replicas
+        self._recorder.admit(model)
+        self._recorder.set("tandem_replicas_desired", num_replicas, model=model)
+        if num_replicas != before:
+            direction = "up" if num_replicas > before else "down"
+            self._recorder.count("tandem_scaling_events_total", model=model, direction=direction)
+            log.info("scaling model=%s from=%s to=%s", model, before, num_replicas)
 
     def render(self) -> str:
         """The exposition text of all processes that have pushed within `expiry_s`."""

@@ -192,6 +192,11 @@ METRICS: dict[str, Metric] = {
         _replica("tandem_model_info", "gauge", "1; what a replica serves, in its labels.", labels=CARD),
         _replica("tandem_model_load_seconds", "gauge", "From the start of the replica's process to ready."),
         Metric("tandem_replicas", "gauge", ("hub",), MODEL, "Replicas that are registered and reachable."),
+        Metric("tandem_replicas_desired", "gauge", ("hub",), MODEL, "Replicas asked for, of a model that scales."),
+        Metric(
+            "tandem_scaling_events_total", "counter", ("hub",), {"model": None, "direction": ("up", "down")},
+            "Changes of the number of replicas asked for.",
+        ),
         Metric(
             "tandem_replica_starts_total", "counter", ("hub",), MODEL, "Replica processes that came up and registered."
         ),

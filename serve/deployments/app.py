@@ -60,7 +60,8 @@ def build_application(
     deployment's first processes, before Serve gives the application up. `build`: loads a replica's model.
     """
     secret, ports = secrets.token_bytes(32), options.gateway.channel_ports
-    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host, ports)
+    elastic = {deployment_name(model): model.name for model in options.models if model.autoscaling_config is not None}
+    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host, ports, elastic)
     total = sum(model.max_num_replicas for model in options.models)
     models = {
         model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, ports, total, build)
