@@ -222,6 +222,16 @@ def test_a_poisoned_sequence_gives_nan_and_its_mates_their_numbers(dtype: torch.
     torch.testing.assert_close(out[1], torch.ones_like(out[1]))
 
 
+def test_the_compiled_loop_has_the_same_bits_on_any_number_of_threads() -> None:
+    pytest.importorskip("numba")
+    spec = spec_of(2, 32, torch.bfloat16)
+    outs = []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        outs.append(decode_with({"a": 33, "b": 290, "c": 64}, spec))
+    assert all(torch.equal(out[name], outs[0][name]) for out in outs for name in out)
+
+
 def test_the_compiled_loop_rounds_only_its_result() -> None:
     pytest.importorskip("numba")
     spec = spec_of(2, 64, torch.bfloat16)
