@@ -64,6 +64,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._options = limits.options
         self._in_head = True
         self._head_bytes = 0
+        self._has_ended_message = False
+        """With the bytes at hand: most of them may be its body, none of them need be the next head."""
         self._fields_bytes = 0
         self._refusal: TandemError | None = None
         self._unread = False
@@ -94,8 +96,9 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         if self._in_head and self._receiving is None:
             self._await_head()
+        self._has_ended_message = False
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if self._in_head and not self._has_ended_message and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > self._options.max_header_bytes:
                 self._refuse(self._too_large())
@@ -137,7 +140,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._stop_receiving()
-        self._in_head = True
+        self._in_head = self._has_ended_message = True
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what the parser refused; here with the reason, and in our shape."""
