@@ -152,6 +152,9 @@ class ModelOptions:
     num_replicas: int = bounded(1, least=1, most=1024)
     autoscaling_config: AutoscalingOptions | None = None
     """As many replicas as the load asks for, instead of `num_replicas`: {"min_replicas": 0, "max_replicas": 4, ...}."""
+    max_surge_percent: int = bounded(25, least=0, most=100)
+    """Of `num_replicas`, rounded up: how many more may run while an update of an application on Ray replaces them, so
+    that none is missing. They need devices that are spare; 0 stops old ones first instead."""
     num_cpus: float = bounded(0.25, least=0, most=1024)
     """Logical CPUs a replica reserves on Ray. A placement hint, not a limit: text, draft, image and gateway fit two."""
     num_gpus: float | None = bounded(None, least=0, most=1)

@@ -21,6 +21,9 @@ from serve.logs import configure_logging
 from serve.options import GatewayOptions
 from serve.request import ModelCard
 
+MEETING_S = 20.0
+"""For replicas to be met before a gateway listens that may follow another: those that run register within seconds."""
+
 
 class GatewayDeployment:
     """One gateway process. `models` maps the name of each model to the handle of its deployment."""
@@ -32,8 +35,11 @@ class GatewayDeployment:
         hub: DeploymentHandle,
         models: dict[str, DeploymentHandle],
         sleepers: tuple[Sleeper, ...],
+        shares_port: bool,
     ) -> None:
+        """`shares_port`: an update may start this one before the one that it replaces has left the port."""
         configure_logging()
+        self._drain_timeout_s = options.drain_timeout_s
         self._models = models
         self._gateway = Gateway(
             options,
@@ -41,12 +47,14 @@ class GatewayDeployment:
             secret=secret,
             hub_address=hub.address.remote,
             attend_for=self._attend_for,
+            shares_port=shares_port or None,
             sleepers=sleepers,
             wake=self._wake,
         )
         loop = asyncio.get_running_loop()
         ChosenReplicaRouter.on_retired = lambda ids: loop.call_soon_threadsafe(self._gateway.retire, ids)
-        self._url = await self._gateway.start()
+        awake = [name for name in models if name not in {sleeper.name for sleeper in sleepers}]
+        self._url = await self._gateway.start(meet=awake, within_s=MEETING_S if shares_port else 0.0)
 
     async def url(self) -> str:
         return self._url
@@ -58,6 +66,11 @@ class GatewayDeployment:
 
     async def drain(self, timeout_s: float) -> None:
         await self._gateway.drain(timeout_s)
+
+    async def __del__(self) -> None:
+        """Serve calls it before it kills this process. It has no calls open, so Serve knows of no client here."""
+        await self._gateway.hand_over(self._drain_timeout_s)
+        await self._gateway.aclose()
 
     async def check_health(self) -> None:
         self._gateway.check_health()

@@ -6,6 +6,7 @@ open, so that Serve does not end a replica that has work. To Serve a replica's o
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.deployments.node import listening_address, num_nodes
 from serve.deployments.ranks import RayLauncher
+from serve.deployments.stopping import told_to_stop
 from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
@@ -34,6 +36,7 @@ class ReplicaDeployment:
         host: str | None,
         ports: str | None,
         num_replicas: int,
+        drain_timeout_s: float,
         build: Callable[..., Served] = build,
     ) -> None:
         """`host`, `ports`: where it listens for gateways, as `listening_address` takes them. `num_replicas`: of all
@@ -57,6 +60,7 @@ class ReplicaDeployment:
             exit=end,
         )
         await self._replica.start()
+        self._leaving = asyncio.create_task(self._leave(drain_timeout_s))
 
     async def attend(self, session_id: str, *, replica_id: str) -> None:
         """Return soon after the last stream of that connection.
@@ -79,3 +83,10 @@ class ReplicaDeployment:
 
     async def check_health(self) -> None:
         await self._replica.check_health()
+
+    async def _leave(self, drain_timeout_s: float) -> None:
+        """Once Serve wants it: gateways send nothing more, what runs may end, and what does not in time goes on at
+        other replicas."""
+        await told_to_stop()
+        await self._replica.drain(drain_timeout_s)
+        await self._replica.aclose()
