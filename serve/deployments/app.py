@@ -10,8 +10,8 @@ gateway owns its socket: where Ray Serve's own HTTP proxy runs, give one of them
 
 from __future__ import annotations
 
+import math
 import re
-import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +22,12 @@ from serve.config import load_config, parse_config
 from serve.deployments.autoscaling import autoscaling_config
 from serve.deployments.gateway import GatewayDeployment
 from serve.deployments.hub import HubDeployment
+from serve.deployments.node import num_nodes
 from serve.deployments.ranks import bundles
 from serve.deployments.replica import ReplicaDeployment
 from serve.deployments.router import ChosenReplicaRouter
+from serve.deployments.secret import cluster_secret
+from serve.errors import ConfigError
 from serve.gateway.hold import sleepers
 from serve.options import ModelOptions, ServeOptions
 from serve.replica import Served
@@ -35,6 +38,9 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond the gateway's drain time, so that Serve never cuts off what the gateway still lets run."""
+
+SHUTDOWN_LOOK_S = 0.2
+"""How often Serve looks whether a part that is to stop has calls open."""
 
 MAX_FAILED_STARTS = 3
 """Serve's own patience with one replica: what `serve deploy` started has nobody in front of it to try again."""
@@ -54,17 +60,26 @@ def build_application(
     max_failed_starts: int = MAX_FAILED_STARTS,
     build: Callable[..., Served] = build_model,
 ) -> Application:
-    """The application of these options. A fresh secret joins its processes and no others.
+    """The application of these options. A secret that the cluster keeps joins its processes and no others.
 
     `host` is where hub and replicas listen for them; None is each node's own address. `max_failed_starts`: of a
     deployment's first processes, before Serve gives the application up. `build`: loads a replica's model.
     """
-    secret, ports = secrets.token_bytes(32), options.gateway.channel_ports
+    if options.gateway.port == 0 and options.gateway.num_gateways > 1:
+        raise ConfigError(
+            f"port is 0, any free one, and num_gateways is {options.gateway.num_gateways}; gateways listen at one port, "
+            f"each on its node: give its number"
+        )
+    secret, ports = cluster_secret(), options.gateway.channel_ports
     elastic = {deployment_name(model): model.name for model in options.models if model.autoscaling_config is not None}
-    hub = _deployment(HubDeployment, name="hub", ray_actor_options={"num_cpus": 0}).bind(secret, host, ports, elastic)
+    hub = _deployment(HubDeployment, name="hub", max_surge_percent=100, ray_actor_options={"num_cpus": 0}).bind(
+        secret, host, ports, elastic
+    )
     total = sum(model.max_num_replicas for model in options.models)
     models = {
-        model.name: _model(model, options, max_failed_starts).bind(model, secret, hub, host, ports, total, build)
+        model.name: _model(model, options, max_failed_starts).bind(
+            model, secret, hub, host, ports, total, options.gateway.drain_timeout_s, build
+        )
         for model in options.models
     }
     gateway = _deployment(
@@ -74,11 +89,13 @@ def build_application(
         num_replicas=options.gateway.num_gateways,
         ray_actor_options={"num_cpus": 0.25},
         max_ongoing_requests=1000,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
         graceful_shutdown_timeout_s=options.gateway.drain_timeout_s + SHUTDOWN_MARGIN_S,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        **_spread(options.gateway.num_gateways),
     )
-    return gateway.bind(options.gateway, secret, hub, models, sleepers(options.models))
+    return gateway.bind(options.gateway, secret, hub, models, sleepers(options.models), host is None)
 
 
 def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -> ray_serve.Deployment:
@@ -95,6 +112,8 @@ def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -
         ray_actor_options=actor,
         # The engine batches what runs and bounds what waits; Serve must not hold requests back before it.
         max_ongoing_requests=model.max_num_seqs + model.max_num_waiting,
+        max_surge_percent=model.max_surge_percent,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_LOOK_S,
         graceful_shutdown_timeout_s=options.gateway.drain_timeout_s + SHUTDOWN_MARGIN_S,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -102,6 +121,17 @@ def _model(model: ModelOptions, options: ServeOptions, max_failed_starts: int) -
         **_number(model),
         **ranks,
     )
+
+
+def _spread(num_gateways: int) -> dict[str, Any]:
+    """Gateways over the nodes that there are now: evenly, and none has more than its share, also after a restart.
+
+    A node then has no room for the new one beside the one that an update replaces; elsewhere an update starts it first.
+    """
+    nodes = num_nodes()
+    if num_gateways > 1 and nodes > 1:
+        return {"max_replicas_per_node": math.ceil(num_gateways / nodes)}
+    return {"max_surge_percent": 100}
 
 
 def _number(model: ModelOptions) -> dict[str, Any]:

@@ -17,5 +17,7 @@ def listening_address(host: str | None, ports: str | None) -> str:
 
 
 def num_nodes() -> int:
-    """Nodes that live now and can hold a replica."""
+    """Nodes that live now and can hold a replica; 1 where no cluster is joined."""
+    if not ray.is_initialized():
+        return 1
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) or 1
