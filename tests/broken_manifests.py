@@ -519,7 +519,7 @@ CASES = [
     Broken(
         "a moving revision",
         "no-ray",
-        put("Job/", f"spec/{FIRST}/env/1/value", "main"),
+        put("ConfigMap/tandem-model", "data/REVISION", "main"),
         "downloads-are-pinned",
         "'main'",
     ),

@@ -118,6 +118,15 @@ class Overlay:
         """The pods in which gateways listen."""
         return [pod for pod in self.pods if pod.role in ("gateway", "server")]
 
+    def variable(self, pod: Pod, name: str) -> str:
+        """The value of an environment variable of the pod's first container, read from its ConfigMap; else empty."""
+        for variable in pod.spec["containers"][0].get("env", ()):
+            if variable["name"] == name:
+                source = variable.get("valueFrom", {}).get("configMapKeyRef")
+                held = (self.get("ConfigMap", source["name"]) or {}) if source else {}
+                return str(held.get("data", {}).get(source["key"], "") if source else variable.get("value", ""))
+        return ""
+
     @cached_property
     def config_text(self) -> str | None:
         for manifest in self.of("ConfigMap"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -84,3 +85,18 @@ def test_the_rules_of_prometheus_become_an_object_that_its_operator_takes(capsys
     (tmp_path / "rules.yaml").write_text(capsys.readouterr().out)
     [report] = check_path(Path(tmp_path / "rules.yaml"))
     assert report.errors == [] and report.num_objects == 1
+
+
+def test_ray_answers_where_probes_ask_without_its_token():
+    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+
+    from serve.kubernetes.rules.pods import RAY_ROUTES
+
+    assert set(RAY_ROUTES["dashboard-agent-listen-port"]) <= set(PUBLIC_EXACT_PATHS)
+
+
+def test_the_manifests_name_the_ray_that_the_images_hold():
+    locked = [(ROOT / "deploy" / "locks" / f"{target}.txt").read_text() for target in ("cpu", "cuda")]
+    [service] = [manifest for manifest in good("production") if manifest["kind"] == "RayService"]
+    version = service["spec"]["rayClusterConfig"]["rayVersion"]
+    assert all(re.search(rf"^ray(\[\w+\])?=={re.escape(version)}\b", text, flags=re.M) for text in locked)

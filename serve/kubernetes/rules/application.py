@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from models.source import embedded_names
 from serve.gateway.auth import LOOPBACK_NAMES
 from serve.kubernetes.kustomize import identity, split_image
-from serve.kubernetes.overlay import CONFIG_MOUNT, CONFIG_PATH, Overlay, Pod
+from serve.kubernetes.overlay import CONFIG_MOUNT, CONFIG_PATH, Overlay
 from serve.kubernetes.rules.pods import gpus
 
 Said = Iterator[tuple[str, str]]
@@ -77,7 +77,7 @@ def weights_are_where_the_config_says(overlay: Overlay) -> Said:
     """A model is embedded, or a folder of a mounted claim that a download Job fills: pods reach no hub."""
     if overlay.options is None:
         return
-    folders = {folder for pod in overlay.pods if pod.role == "download" for folder in [_env(pod, "FOLDER")]}
+    folders = {overlay.variable(pod, "FOLDER") for pod in overlay.pods if pod.role == "download"}
     for model in overlay.options.models:
         if model.model in embedded_names() or model.load_format == "dummy":
             continue
@@ -102,9 +102,10 @@ def weights_are_where_the_config_says(overlay: Overlay) -> Said:
 def downloads_are_pinned(overlay: Overlay) -> Said:
     for pod in overlay.pods:
         if pod.role == "download":
-            if not re.fullmatch(r"[0-9a-f]{40}", _env(pod, "REVISION")):
-                yield pod.place, f"REVISION is {_env(pod, 'REVISION')!r}, not a commit of 40 hex digits: a branch moves"
-            if not _env(pod, "MODEL") or not _env(pod, "FOLDER"):
+            revision = overlay.variable(pod, "REVISION")
+            if not re.fullmatch(r"[0-9a-f]{40}", revision):
+                yield pod.place, f"REVISION is {revision!r}, not a commit of 40 hex digits: a branch moves"
+            if not overlay.variable(pod, "MODEL") or not overlay.variable(pod, "FOLDER"):
                 yield pod.place, "MODEL or FOLDER is empty; the overlay says which"
 
 
@@ -135,11 +136,6 @@ def examples_are_replaced(overlay: Overlay) -> Said:
             yield "images", f"{image} is an example; set your registry in the overlay's `images`"
         if "/" in name and not digest:
             yield "images", f"{image} has no digest; pin it by the one that your registry shows (`digest:` in `images`)"
-
-
-def _env(pod: Pod, name: str) -> str:
-    found = (v.get("value", "") for v in pod.spec["containers"][0].get("env", ()) if v["name"] == name)
-    return str(next(found, ""))
 
 
 def _strings(node: object) -> Iterator[str]:
