@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loadtest import result
-from loadtest.flags import pairs, parser
+from loadtest.flags import UsageError, pairs, parser
 from loadtest.measure.driver import Driver, Ending, Run
 from loadtest.measure.outcome import Outcome
 from loadtest.measure.slo import judged
 from loadtest.page.page import render
 from loadtest.search import Search, Tried
 from loadtest.session import NotReady, Session, on_interrupt
-from loadtest.traffic.traces import TraceError
 from serve.errors import TandemError
 
 ACTIONS = ("run", "sweep", "search", "compare")
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser().parse_args(given)
     try:
         raise SystemExit(_compare(args) if args.action == "compare" else _run(_ACTIONS[args.action](args)))
-    except (ValueError, TraceError) as error:
+    except UsageError as error:
         print(f"tandem loadtest: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (NotReady, TandemError, OSError) as error:
@@ -80,7 +79,7 @@ async def _sweep(args: argparse.Namespace) -> int:
 async def _search(args: argparse.Namespace) -> int:
     """The files are of the last run at the rate that was found."""
     if not args.goodput:
-        raise ValueError("search needs --goodput: what a good request is, as in --goodput ttft:500 tpot:50")
+        raise UsageError("search needs --goodput: what a good request is, as in --goodput ttft:500 tpot:50")
     wanted, args.min_good = args.min_good or MIN_GOOD, None
     session = await _ready(args)
     trials: list[dict[str, Any]] = []
@@ -122,7 +121,6 @@ _ACTIONS = {"run": _once, "sweep": _sweep, "search": _search}
 
 
 async def _ready(args: argparse.Namespace) -> Session:
-    args.metadata = pairs(args.metadata, "--metadata") if isinstance(args.metadata, list) else args.metadata
     session = await Session.open(args)
     on_interrupt(session.interrupt)
     try:
@@ -135,11 +133,11 @@ async def _ready(args: argparse.Namespace) -> Session:
 
 def _leave(args: argparse.Namespace, told: dict[str, Any], run: Run) -> int:
     """Print, write, and the exit status."""
-    told |= args.metadata
+    told |= pairs(args.metadata, "--metadata")
+    written = result.write(args, told, run, render([told])) if args.save_result else []
     print(result.table(told, args.percentile_metrics))
-    if args.save_result:
-        for path in result.write(args, told, run, render([told])):
-            print(f"wrote {path}")
+    for path in written:
+        print(f"wrote {path}")
     return int(told["verdict"]["exit_status"])
 
 
@@ -148,7 +146,7 @@ def _compare(args: argparse.Namespace) -> int:
     for file in args.files:
         told = json.loads(Path(file).read_text(encoding="utf-8"))
         if "timeline" not in told:
-            raise ValueError(f"{file} is not a result of tandem loadtest")
+            raise UsageError(f"{file} is not a result of tandem loadtest")
         results.append(told)
     Path(args.output).write_text(render(results), encoding="utf-8")
     print(f"wrote {args.output}")

@@ -14,6 +14,10 @@ DATASETS = (*TEXT_SHAPES, "image", "azure", "mooncake", "image_trace")
 EPILOG = "exit status:\n" + (VERDICTS or "").split("\n", 2)[2]
 
 
+class UsageError(ValueError):
+    """Flags that do not fit together. Exit status 2."""
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="tandem loadtest", description="Put a server under load and say what it carries."

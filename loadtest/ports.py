@@ -2,7 +2,7 @@
 
     python -m loadtest.ports PID
 
-The rules are the table in deploy/README.md. Ends with 1 when something listens that no rule knows, or where none allows it.
+The rules are the table in deploy/README.md. Ends with 1 when something listens that no rule knows or allows.
 """
 
 from __future__ import annotations
@@ -106,9 +106,8 @@ def main() -> None:
         where = f"[{listener.address}]" if ":" in listener.address else listener.address
         purpose = rule.purpose if rule else "NOT MEANT"
         print(f"{where + ':' + str(listener.port):<24} {listener.process} ({listener.pid}): {purpose}")
-    print(
-        f"{len(found)} listening, {sum(item.reach != 'loopback' for item in found)} beyond loopback, {unmeant} not meant"
-    )
+    beyond = sum(item.reach != "loopback" for item in found)
+    print(f"{len(found)} listening, {beyond} beyond loopback, {unmeant} not meant")
     raise SystemExit(1 if unmeant or not found else 0)
 
 

@@ -98,7 +98,7 @@ def table(result: dict[str, Any], metrics: str) -> str:
     """The figures as text, a line each, as `vllm bench serve` prints them."""
     lines = ["{:=^62}".format(" Load Test Result ")]
     for name, key, form in _LINES:
-        if result.get(key) is not None:
+        if isinstance(result.get(key), int | float):
             lines.append(f"{name + ':':<42}{format(result[key], form):>20}")
     for group, own in result["groups"].items():
         for metric in METRICS:

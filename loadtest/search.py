@@ -39,25 +39,21 @@ class Search:
     async def __call__(self, trial: Trial) -> float:
         """The rate; 0 when none held. Ends early when the server is lost."""
         low, high = 0.0, math.inf
-        rate = min(self.start, self.limit)
         while True:
-            found = await self._try(trial, rate, False)
+            is_confirmation = self._is_close(low, high)
+            if is_confirmation and low == 0.0:
+                return 0.0
+            rate = low if is_confirmation else self._next(low, high)
+            found = await trial(rate, is_confirmation)
+            self.tried.append(found)
             if found.is_lost:
                 return 0.0
+            if found.is_good and is_confirmation:
+                return rate
             if found.is_good:
                 low = rate
             else:
-                high = rate
-            if self._is_close(low, high):
-                if low == 0.0:
-                    return 0.0
-                confirmed = await self._try(trial, low, True)
-                if confirmed.is_lost:
-                    return 0.0
-                if confirmed.is_good:
-                    return low
-                low, high = self._below(low), low
-            rate = self._next(low, high)
+                low, high = self._below(rate), rate
 
     def _is_close(self, low: float, high: float) -> bool:
         if low >= self.limit:
@@ -68,14 +64,9 @@ class Search:
 
     def _next(self, low: float, high: float) -> float:
         if math.isinf(high):
-            return min(2 * low, self.limit)
+            return min(2 * low or self.start, self.limit)
         return high / 2 if low == 0.0 else math.sqrt(low * high)
 
     def _below(self, rate: float) -> float:
-        """The next lower rate that held, and is not known to fail as a confirmation."""
+        """The highest rate below it that held; 0 when none did."""
         return max((one.rate for one in self.tried if one.is_good and one.rate < rate), default=0.0)
-
-    async def _try(self, trial: Trial, rate: float, is_confirmation: bool) -> Tried:
-        found = await trial(rate, is_confirmation)
-        self.tried.append(found)
-        return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from loadtest import progress, result
 from loadtest.client import HttpError, Server
-from loadtest.flags import pairs
+from loadtest.flags import UsageError, pairs
 from loadtest.measure.checks import Report, check_counts, check_images, check_texts
 from loadtest.measure.driver import Driver, Ending, Load, Run, warm_up
 from loadtest.measure.outcome import Outcome
@@ -47,9 +47,8 @@ class Session:
 
     @classmethod
     async def open(cls, args: argparse.Namespace) -> Session:
-        """Waits for the server, finds out its models, measures words. Raises NotReady, ValueError on wrong flags."""
-        Slo.parse(args.goodput)
-        plan = Plan(args, Words.uncounted())
+        """Waits for the server, finds out its models, measures words. Raises UsageError, NotReady and TandemError."""
+        plan = _plan(args)
         spool = Spool()
         target = _engine(args, plan, spool) if args.backend == "engine" else await _server(args, plan, spool)
         count: Counter = local_counter(args.tokenizer) if args.tokenizer else target.count_tokens
@@ -119,6 +118,21 @@ class Session:
         await asyncio.sleep(METRICS_LAG_S)
         after = await self._target.queue_seconds() or {}
         return {model: value - before.get(model, 0.0) for model, value in after.items()}
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """Tries everything that flags can be wrong in, before anything is waited for."""
+    try:
+        Slo.parse(args.goodput)
+        pairs(args.header, "--header")
+        pairs(args.metadata, "--metadata")
+        plan = Plan(args, Words.uncounted())
+        plan.load()
+        if args.tokenizer:
+            local_counter(args.tokenizer)
+    except ValueError as error:
+        raise UsageError(error) from None
+    return plan
 
 
 def _engine(args: argparse.Namespace, plan: Plan, spool: Spool) -> Target:

@@ -1,9 +1,9 @@
 """A replica that skips equal steps: the step model of `exact.py` without its book-keeping.
 
-The pace that predicts is the one that serves. Steps with prefill are taken one by one; a run of decode-only steps, which differ in nothing, is one event. So a request
-costs about four events, however long its output. Left out: the prefix cache (prompts share nothing), preemption (an
-admission holds blocks for the whole output instead), and the chunk that is cut from a prompt that fits nowhere else is
-half of what is left of the budget, as in the scheduler. The error against `exact.py` is stated with the results.
+Steps with prefill are taken one by one; a run of decode-only steps, which differ in nothing, is one event. So a request
+costs about four events, however long its output. The pace that predicts is the one that serves. Left out: the prefix
+cache (prompts share nothing) and preemption (an admission holds blocks for the whole output instead). The error against
+`exact.py` is stated with the results.
 """
 
 from __future__ import annotations

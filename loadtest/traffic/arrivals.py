@@ -92,9 +92,9 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     stages = []
     for part in text.split(","):
         rates, _, seconds = part.strip().partition("x")
-        low, _, high = rates.partition("-")
+        low, is_ramp, high = rates.partition("-")
         try:
-            stage = Stage(float(low), float(seconds), float(high) if high else None)
+            stage = Stage(float(low), float(seconds), float(high) if is_ramp else None)
         except ValueError:
             raise ValueError(f"stage {part!r}: write RATExSECONDS or FROM-TOxSECONDS, as in 2x30,2-10x60") from None
         if min(stage.rate, stage.duration_s, stage.end_rate or 1.0) <= 0 or not math.isfinite(stage.num_expected):
