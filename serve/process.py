@@ -125,7 +125,13 @@ async def _start(spec: Spec, background: set[asyncio.Task[None]]) -> _Part:
     assert spec.gateway is not None
     from serve.gateway.gateway import Gateway
 
-    gateway = Gateway(spec.gateway, gateway_id=spec.process_id, secret=secret, hub_address=spec.hub_address)
+    gateway = Gateway(
+        spec.gateway,
+        gateway_id=spec.process_id,
+        secret=secret,
+        hub_address=spec.hub_address,
+        models=spec.models,
+    )
     _report(Report(event="ready", url=await gateway.start()))
 
     async def meet() -> None:

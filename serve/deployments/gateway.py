@@ -48,6 +48,7 @@ class GatewayDeployment:
             hub_address=hub.address.remote,
             attend_for=self._attend_for,
             shares_port=shares_port or None,
+            models=tuple(models),
             sleepers=sleepers,
             wake=self._wake,
         )

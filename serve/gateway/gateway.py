@@ -39,10 +39,12 @@ class Gateway:
         hub_address: Address,
         attend_for: Callable[[ReplicaEntry], Attend | None] = lambda entry: None,
         shares_port: bool | None = None,
+        models: Collection[str] = (),
         sleepers: Collection[Sleeper] = (),
         wake: Wake | None = None,
     ) -> None:
-        """`shares_port`: of `GatewayServer`. `sleepers`: the models that may have no replica; `wake` asks for one."""
+        """`shares_port`: of `GatewayServer`. `models`: all that are configured. `sleepers`: those that may have no
+        replica; `wake` asks for one."""
         self._options = options
         self._gateway_id = gateway_id
         self._secret = secret
@@ -56,7 +58,13 @@ class Gateway:
         for model in self._hold.models:
             self._recorder.admit(model)
             self._recorder.follow("tandem_requests_held", partial(self._hold.num_held, model), model=model)
-        self._pool = Pool(self._connect, recorder=self._recorder, hold=self._hold, max_wait_s=options.max_wait_s)
+        self._pool = Pool(
+            self._connect,
+            recorder=self._recorder,
+            hold=self._hold,
+            max_wait_s=options.max_wait_s,
+            configured=models,
+        )
         self._drain = Drain()
         self._hub: HubClient | None = None
         self._server: GatewayServer | None = None

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 
@@ -19,7 +20,11 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def page_routes(service: Service, render_metrics: Callable[[], Awaitable[str]]) -> APIRouter:
-    """`/livez /readyz /health /metrics /docs /`."""
+    """`/livez /readyz /health /metrics /docs /`.
+
+    The first three are different questions: whether this process answers, or has to be started again; whether to send
+    it new requests; whether every model goes forward, wherever it is computed, or a person has to look.
+    """
     router = APIRouter()
     page = playground_page()
 
@@ -31,13 +36,18 @@ def page_routes(service: Service, render_metrics: Callable[[], Awaitable[str]]) 
     async def readyz() -> Response:
         if service.drain.is_active:
             raise Draining("the server is shutting down")
-        return await health()
-
-    @router.get("/health", tags=["health"], summary="A model can be served")
-    async def health() -> Response:
         if not service.pool.is_ready:
             raise Unavailable("no model is ready")
         return _ok()
+
+    @router.get("/health", tags=["health"], summary="Every model can be served; its replicas")
+    async def health() -> Response:
+        census = service.pool.census()
+        missing = [name for name, model in census.items() if not (model.ready or model.draining or model.may_sleep)]
+        if missing or not census:
+            raise Unavailable(f"no replica is ready of {', '.join(map(repr, missing)) or 'any model'}")
+        models = {name: asdict(model) for name, model in census.items()}
+        return Response(encode_json({"status": "ok", "models": models}), media_type="application/json")
 
     @router.get("/metrics", tags=["health"], summary="Prometheus metrics of all processes")
     async def metrics() -> Response:

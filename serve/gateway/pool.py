@@ -79,6 +79,17 @@ Connect = Callable[[ReplicaEntry, Callable[[], None]], Awaitable[Remote]]
 """Connect to a replica; the callable is called once when the connection is lost."""
 
 
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The replicas of one model, as this gateway sees them."""
+
+    ready: int
+    draining: int
+    loading: int
+    may_sleep: bool
+    """It scales to zero: having none is no fault."""
+
+
 @dataclass(slots=True, eq=False)
 class _Member:
     """One replica, as long as the hub names it."""
@@ -104,7 +115,9 @@ class Pool:
         hold: Hold | None = None,
         max_wait_s: float | None = None,
         failover_wait_s: float = FAILOVER_WAIT_S,
+        configured: Collection[str] = (),
     ) -> None:
+        """`configured`: the models that should have replicas, those that scale to zero among them."""
         self.models = Catalog()
         self.hold = hold or Hold()
         self._max_wait_s = max_wait_s
@@ -113,6 +126,7 @@ class Pool:
         self._router = router or Router()
         self._recorder = recorder or Recorder("gateway", "gateway")
         self._failover_wait_s = failover_wait_s
+        self._configured = frozenset(configured)
         self._is_closed = False
         self._members: dict[str, _Member] = {}
         self._loading: list[ReplicaEntry] = []
@@ -146,6 +160,17 @@ class Pool:
     def is_ready(self) -> bool:
         """Whether new requests are taken: by some replica, or to wait for one."""
         return any(_is_open(member) for member in self._members.values()) or bool(self.hold.models)
+
+    def census(self) -> dict[str, Census]:
+        """Every model that is configured or has replicas, by name."""
+        names = self._configured | {member.entry.model for member in self._members.values()}
+        return {name: self._count_replicas(name) for name in sorted(names | {entry.model for entry in self._loading})}
+
+    def _count_replicas(self, model: str) -> Census:
+        up = [each.remote for each in self._members.values() if each.entry.model == model and _is_up(each)]
+        num_draining = sum(remote is not None and remote.is_draining for remote in up)
+        num_loading = sum(entry.model == model for entry in self._loading)
+        return Census(len(up) - num_draining, num_draining, num_loading, may_sleep=model in self.hold.models)
 
     def awaited(self, model: str) -> asyncio.Event | None:
         """None when a replica of `model` takes new requests, else what is set when one has joined."""

@@ -220,6 +220,8 @@ def test_probes_follow_the_replicas_and_the_drain():
             backend.is_alive = True
             gateway.drain.begin()
             assert await statuses() == [200, 503, 200]
+            census = (await call(gateway, "/health")).json()["models"]
+            assert census == {"tiny": {"ready": 1, "draining": 0, "loading": 0, "may_sleep": False}}
             refused = await call(gateway, "/v1/chat/completions", CHAT)
             assert refused.json()["error"]["code"] == "draining" and refused.headers["connection"] == "close"
 

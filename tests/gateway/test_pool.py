@@ -319,3 +319,19 @@ def test_a_loading_replica_is_waited_for_by_name_and_not_connected_to():
         await pool.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_census_tells_which_models_go_forward_and_what_is_on_its_way():
+    async def run() -> None:
+        net = Net(FakeBackend(replica_id="a"), FakeBackend(replica_id="b"))
+        pool = Pool(net.connect, configured=["tiny", "absent"])
+        pool.update([entry("a"), entry("b"), entry("c", address="", kind="")])
+        await joined(pool, 2)
+        pool.retire(["b"])
+        census = pool.census()
+        assert {name: (each.ready, each.draining, each.loading) for name, each in census.items()} == {
+            "tiny": (1, 1, 1), "absent": (0, 0, 0)
+        }  # fmt: skip
+        await pool.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
