@@ -108,7 +108,7 @@ class Container:
         return subprocess.run([*enter, *command], capture_output=True, text=True, timeout=timeout_s)
 
     def wait_for(self, command: Sequence[str], timeout_s: float) -> float:
-        """Seconds until a command inside succeeds. Raises TimeoutError, or RuntimeError when the container has ended."""
+        """Seconds until a command inside succeeds. Raises TimeoutError, or RuntimeError when it has ended."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
             if self.process.poll() is not None:

@@ -124,29 +124,28 @@ def refuses_without_key(image: Image) -> str:
 def serves(image: Image, *arguments: str) -> str:
     with image.started(*arguments) as container:
         seconds = container.wait_for(image.words("HEALTHCHECK"), START_S)
-        ready = container.wait_for(["python3", "-c", ASK, "/readyz", ""], START_S)
-        question = {
-            "model": "tandem-text",
-            "messages": [{"role": "user", "content": "What is 27 + 58?"}],
-            "temperature": 0,
-        }
-        chat = json.loads(ask(container, "/v1/chat/completions", json.dumps(question)))
-        said = chat["choices"][0]["message"]["content"]
-        assert "85" in said, f"27 + 58 was answered with {said!r}"
-        wish = {"model": "tandem-image", "prompt": "a red circle on a white background", "seed": 7}
-        image_data = json.loads(ask(container, "/v1/images/generations", json.dumps(wish)))["data"][0]["b64_json"]
-        assert base64.b64decode(image_data).startswith(b"\x89PNG")
+        seconds += container.wait_for(["python3", "-c", ASK, "/readyz", ""], START_S)
+        answers(container)
         users = container.execute(["sh", "-c", "cat /proc/[0-9]*/status | grep -h ^Uid | sort -u"]).stdout.split()
         assert set(users[1:]) == {str(image.user[0])}, f"processes of users {users}"
         first = container.execute(["cat", "/proc/1/comm"]).stdout.strip()
         assert first == "tini", f"process 1 is {first}"
         ports = container.execute(["python3", "-m", "loadtest.ports", "1"])
-        assert ports.returncode == 0, ports.stdout
+        assert ports.returncode == 0, ports.stdout + ports.stderr
         status = container.stop(STOP_S)
         assert status == 0, f"SIGTERM ended it with {status}: {container.output()[-2000:]}"
-    return (
-        f"healthy after {seconds:.0f} s, chat and image answered, all as uid {image.user[0]} below tini, ended with 0"
-    )
+    seen = ports.stdout.strip().splitlines()[-1]
+    return f"ready after {seconds:.0f} s, chat and image answered, all uid {image.user[0]} below tini, {seen}, end 0"
+
+
+def answers(container: Container) -> None:
+    question = [{"role": "user", "content": "What is 27 + 58?"}]
+    body = json.dumps({"model": "tandem-text", "messages": question, "temperature": 0})
+    said = json.loads(ask(container, "/v1/chat/completions", body))["choices"][0]["message"]["content"]
+    assert "85" in said, f"27 + 58 was answered with {said!r}"
+    wish = json.dumps({"model": "tandem-image", "prompt": "a red circle on a white background", "seed": 7})
+    picture = json.loads(ask(container, "/v1/images/generations", wish))["data"][0]["b64_json"]
+    assert base64.b64decode(picture).startswith(b"\x89PNG"), "the image is no PNG"
 
 
 def ask(container: Container, path: str, body: str) -> str:

@@ -38,10 +38,12 @@ def main() -> None:
     if here != f"{PYTHON} linux-x86_64":
         raise SystemExit(f"lock: this is Python {here}, the images have {PYTHON} linux-x86_64; use that one")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"].get("otel", [])
-    cuda = resolve(wanted)
+    wanted, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
+    cuda = resolve([*wanted, *extras["otel"]])
     torch = next(item for item in cuda if item["metadata"]["name"] == "torch")["metadata"]["version"]
-    cpu = resolve([*wanted, f"torch=={torch}+cpu"], "--find-links", arguments.torch_cpu)
+    cpu = resolve(
+        [*wanted, *extras["otel"], *extras["cpu"], f"torch=={torch}+cpu"], "--find-links", arguments.torch_cpu
+    )
     write("cuda.txt", cuda)
     write("torch-cpu.txt", [item for item in cpu if item["metadata"]["name"] == "torch"])
     write("cpu.txt", [item for item in cpu if item["metadata"]["name"] != "torch"])
