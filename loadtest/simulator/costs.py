@@ -16,23 +16,23 @@ from serve.hub import PUSH_PERIOD_S
 class Costs:
     """CPU seconds. One process has one core for its event loop."""
 
-    request_s: float = 0.0015
+    request_s: float = 0.00225
     """Gateway: HTTP, checks, tokens, submit, end of the stream; without ranking."""
-    token_s: float = 0.00006
+    token_s: float = 47e-6
     """Gateway: an output token as an event of its own."""
-    candidate_s: float = 2.2e-6
+    candidate_s: float = 3.7e-6
     """Gateway: ranking, for each replica."""
-    block_s: float = 1.0e-6
+    block_s: float = 1.1e-6
     """Gateway: ranking, for each block of a prompt's hashes."""
-    report_s: float = 1.0e-5
+    report_s: float = 13e-6
     """Gateway: a load report that comes in."""
-    send_report_s: float = 1.0e-5
+    send_report_s: float = 13e-6
     """Replica: a load report that leaves."""
-    push_s: float = 0.0002
+    push_s: float = 38e-6
     """Hub: a snapshot of a process, once a second."""
-    entry_s: float = 1.0e-7
+    entry_s: float = 0.24e-6
     """Hub: telling one member of one replica, at every change of the list."""
-    member_s: float = 1.0e-5
+    member_s: float = 2e-6
     """Hub: telling one member anything."""
 
     def rank_s(self, num_candidates: int, num_prompt: int, block_size: int = 16) -> float:
@@ -45,13 +45,20 @@ class Costs:
         return num_replicas / LOAD_PERIOD_S * self.report_s
 
     def loads(
-        self, *, num_replicas: int, num_gateways: int, requests_per_s: float, tokens_per_s: float, num_prompt: float
+        self,
+        *,
+        num_replicas: int,
+        num_gateways: int,
+        num_ranked: int,
+        requests_per_s: float,
+        tokens_per_s: float,
+        num_prompt: float,
     ) -> dict[str, float]:
-        """Share of one core that the busiest process of each kind takes, by what it does."""
+        """Share of one core that a process of each kind takes, by what it does."""
         members = num_replicas + num_gateways
         per_gateway = requests_per_s / num_gateways
         return {
-            "gateway: ranking": per_gateway * self.rank_s(num_replicas, round(num_prompt)),
+            "gateway: ranking": per_gateway * self.rank_s(num_ranked, round(num_prompt)),
             "gateway: requests": per_gateway * self.request_s,
             "gateway: tokens": tokens_per_s / num_gateways * self.token_s,
             "gateway: load reports": self.reports_share(num_replicas),

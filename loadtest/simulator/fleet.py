@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loadtest.paced import TextDevice
@@ -11,6 +11,7 @@ from loadtest.simulator.coarse import CoarseReplica
 from loadtest.simulator.costs import Costs
 from loadtest.simulator.gateway import SimulatedGateway
 from loadtest.simulator.replica import Replica
+from loadtest.simulator.sampled import SampledRouter
 from loadtest.simulator.visit import Visit
 from loadtest.simulator.world import World
 from serve.autoscaling import Autoscaler
@@ -34,8 +35,8 @@ class FleetOptions:
     num_gateways: int = 1
     costs: Costs = field(default_factory=Costs)
     kind: type[Replica] = CoarseReplica
-    router: Callable[[], Router] | None = None
-    """In place of the gateway's own."""
+    num_ranked: int | None = None
+    """Replicas that a gateway ranks, drawn at random; None: all, as it does."""
     autoscaling: AutoscalingOptions | None = None
     load_s: float = 60.0
     """From the decision until a new replica takes requests."""
@@ -67,10 +68,7 @@ class Fleet:
         self._num_made = 0
         self._paid_until_s = 0.0
         self._random = random.Random(f"gateways-{seed}")
-        make_router = options.router or (lambda: Router(clock=lambda: world.now))
-        self.gateways = [
-            SimulatedGateway(number, world, make_router(), options.costs) for number in range(options.num_gateways)
-        ]
+        self.gateways = [self._gateway(number) for number in range(options.num_gateways)]
         self._demand: dict[str, Demand] = {}
         for _ in range(options.num_replicas):
             self._join()
@@ -79,6 +77,15 @@ class Fleet:
             self._autoscaler = Autoscaler(options.autoscaling)
             world.at(SAMPLE_S, self._sample)
             world.at(DECIDE_S, self._decide)
+
+    def _gateway(self, number: int) -> SimulatedGateway:
+        num, world = self.options.num_ranked, self.world
+
+        def clock() -> float:
+            return world.now
+
+        router = Router(clock=clock) if num is None else SampledRouter(num, seed=number, clock=clock)
+        return SimulatedGateway(number, world, router, self.options.costs, num)
 
     def feed(self, visits: Iterable[Visit]) -> None:
         """Visits in order of arrival, each announced by the one before it."""

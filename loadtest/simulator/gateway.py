@@ -16,7 +16,8 @@ from serve.gateway.routing import Router
 class SimulatedGateway:
     """Requests and tokens wait for its core in order of arrival; load reports make it slower throughout."""
 
-    def __init__(self, number: int, world: World, router: Router, costs: Costs):
+    def __init__(self, number: int, world: World, router: Router, costs: Costs, num_ranked: int | None = None):
+        """`num_ranked`: replicas that the router looks at, drawn by it at random; None: all."""
         self.number = number
         self.busy_s = 0.0
         self.num_held = 0
@@ -24,6 +25,7 @@ class SimulatedGateway:
         self._world = world
         self._router = router
         self._costs = costs
+        self._num_ranked = num_ranked or 1 << 30
         self._free_s = 0.0
         """When the core has done what is asked of it so far."""
         self._held: deque[Visit] = deque()
@@ -33,7 +35,7 @@ class SimulatedGateway:
     def arrive(self, visit: Visit, replicas: Sequence[Replica]) -> None:
         """`replicas` may change until it is placed."""
         costs = self._costs
-        seconds = costs.request_s + costs.rank_s(len(replicas), visit.num_prompt)
+        seconds = costs.request_s + costs.rank_s(min(len(replicas), self._num_ranked), visit.num_prompt)
         self._world.at(self._work(seconds, len(replicas)), lambda: self._place(visit, replicas))
 
     def deliver(self, visit: Visit, num_tokens: int, is_last: bool, num_replicas: int) -> None:

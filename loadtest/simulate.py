@@ -1,0 +1,242 @@
+"""Fleets in virtual time: what thousands of replicas and a day's requests would do.
+
+    python -m loadtest.simulate calibrate           measured runs of 1, 2 and 4 paced replicas, and the same simulated
+    python -m loadtest.simulate calibrate --real    one real engine instead (tandem-text on this CPU)
+    python -m loadtest.simulate costs               what gateway and hub take of a core, measured
+    python -m loadtest.simulate scale               goodput and cost of 10 to 1000 replicas; what is busy first
+    python -m loadtest.simulate day                 a day with autoscaling, against a fixed fleet
+
+Router, scheduler, KV cache, pace and autoscaling are the code that serves; devices are a time per step. Prints tables
+and RESULT lines; `--page FILE` draws, `--out FILE` appends the lines. How it works and how far it is right:
+`loadtest/results/simulator.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtest.paced import TextDevice
+from loadtest.report import Report
+from loadtest.simulator import drawn
+from loadtest.simulator.calibrate import Comparison, compare
+from loadtest.simulator.costs import Costs
+from loadtest.simulator.figures import Slo
+from loadtest.simulator.fleet import FleetOptions
+from loadtest.simulator.measured_costs import measure_costs
+from loadtest.simulator.runs import run
+from loadtest.simulator.samples import Fit
+from loadtest.simulator.sweep import Sweep, at_size
+from loadtest.simulator.visit import Visit
+from loadtest.simulator.workload import DAY_S, Lengths, day, recorded
+from loadtest.traffic.traces import read_trace
+from serve.options import AutoscalingOptions
+
+DEVICE = TextDevice(base_s=0.020, row_s=0.0002, unit_s=0.0002, kv_cache_tokens=163_840)
+"""About an 8B model on a small GPU: 5000 prompt tokens/s, 20 ms a decode step. Stated, not measured."""
+REAL = TextDevice(
+    base_s=0.0, row_s=0.0, unit_s=0.0, kv_cache_tokens=131_072, max_num_seqs=256, max_num_batched_tokens=1024
+)
+"""Sizes of `tandem-text` as it is served on a CPU; its times are fitted."""
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    report = Report(arguments.out)
+    arguments.run(arguments, report)
+
+
+async def calibrate(arguments: argparse.Namespace, report: Report) -> None:
+    real = arguments.real
+    fitted: Fit | None = None
+    lengths = Lengths(prompt_median=arguments.prompt, output_median=arguments.output, most_prompt=3000)
+    comparisons: list[Comparison] = []
+    for num_replicas in [1] if real else arguments.replicas:
+        fitted, comparison = await compare(
+            fitted,
+            num_replicas=num_replicas,
+            rate=arguments.rate,
+            seconds=arguments.seconds,
+            lengths=lengths,
+            costs=Costs(),
+            like=REAL if real else arguments.device,
+            paced=not real,
+            model="tandem-text",
+            seed=arguments.seed,
+        )
+        comparisons.append(comparison)
+        for row in comparison.rows():
+            report(benchmark="simulator", what="calibration", devices="real" if real else "paced", **row)
+    assert fitted is not None
+    report(benchmark="simulator", what="fit", **dataclasses.asdict(fitted))
+    _table([row for comparison in comparisons for row in comparison.rows()])
+
+
+async def costs(arguments: argparse.Namespace, report: Report) -> None:
+    measured = await measure_costs()
+    report(
+        benchmark="simulator", what="costs", **{k: float(f"{v:.3g}") for k, v in dataclasses.asdict(measured).items()}
+    )
+
+
+def scale(arguments: argparse.Namespace, report: Report) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    base = Sweep(
+        device=arguments.device,
+        lengths=Lengths(),
+        costs=Costs(),
+        slo=Slo(),
+        rate=arguments.rate,
+        warm_s=arguments.warm,
+        seconds=arguments.seconds,
+        replicas_per_gateway=arguments.replicas_per_gateway,
+        seed=arguments.seed,
+    )
+    many = f"a gateway for {arguments.replicas_per_gateway:g} replicas"
+    for name, sweep in {
+        "one gateway": dataclasses.replace(base, replicas_per_gateway=None),
+        many: base,
+        f"{many}, {arguments.ranked} ranked": dataclasses.replace(base, num_ranked=arguments.ranked),
+    }.items():
+        for num_replicas in arguments.replicas:
+            if sweep.replicas_per_gateway is None and num_replicas > arguments.most_for_one:
+                continue
+            _, row = at_size(sweep, num_replicas)
+            rows.setdefault(name, []).append(row)
+            report(benchmark="simulator", what="scale", gateways_are=name, **row)
+    for name, table in rows.items():
+        print(f"\n{name}")
+        _table([{key: value for key, value in row.items() if key != "loads"} for row in table])
+    _page(arguments.page, "Fleets of 10 to 1000 replicas", drawn.scale(rows, Slo()))
+
+
+def day_run(arguments: argparse.Namespace, report: Report) -> None:
+    slo = Slo()
+    scaling = AutoscalingOptions(
+        min_replicas=1, max_replicas=arguments.most, initial_replicas=arguments.initial, target_wait_s=1.0
+    )
+    plans: dict[str, FleetOptions] = {
+        "autoscaling": FleetOptions(
+            device=arguments.device,
+            num_replicas=arguments.initial,
+            num_gateways=arguments.gateways,
+            autoscaling=scaling,
+            load_s=arguments.load_time,
+        )
+    }
+    for num in arguments.fixed:
+        plans[f"{num} fixed"] = FleetOptions(device=arguments.device, num_replicas=num, num_gateways=arguments.gateways)
+    rows, runs = [], {}
+    end_s = arguments.hours * 3600.0
+    for name, options in plans.items():
+        done = run(_requests(arguments, end_s), options, begin_s=0.0, end_s=end_s, slo=slo, seed=arguments.seed)
+        runs[name] = done
+        figures = done.figures
+        row = {
+            "fleet": name,
+            "requests": figures.requests,
+            "refused": figures.refused,
+            "attainment": figures.attainment,
+            "ttft_p50_s": figures.ttft_p50_s,
+            "ttft_p99_s": figures.ttft_p99_s,
+            "tpot_p99_s": figures.tpot_p99_s,
+            "replica_hours": done.replica_hours,
+            "replica_hours_per_1000_good": 1000 * done.replica_hours / max(1.0, figures.goodput_per_s * end_s),
+            "decisions": sum(moment.reason not in ("steady", "bounds") for moment in done.moments),
+        }
+        rows.append(row)
+        report(benchmark="simulator", what="day", **row)
+    _table(rows)
+    _page(arguments.page, "A day", drawn.day(runs, slo, end_s=end_s, begin_hour=arguments.begin_hour))
+
+
+def _requests(arguments: argparse.Namespace, end_s: float) -> Iterator[Visit]:
+    if arguments.trace:
+        return recorded(read_trace("azure", Path(arguments.trace)), arguments.speed)
+    begin_s = arguments.begin_hour * 3600.0
+    return day(arguments.peak, Lengths(), seed=arguments.seed, begin_s=begin_s, end_s=begin_s + end_s)
+
+
+def _page(path: str | None, title: str, charts: Sequence[str]) -> None:
+    if path:
+        Path(path).write_text(drawn.page(title, charts), encoding="utf-8")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    """Columns of all rows, as wide as they need."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_told(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _device(text: str) -> TextDevice:
+    """JSON of the fields that differ from the default's, or a file with a `fit` line of `calibrate`."""
+    if text.lstrip().startswith("{"):
+        return dataclasses.replace(DEVICE, **json.loads(text))
+    lines = [json.loads(line) for line in Path(text).read_text().splitlines()]
+    return TextDevice(**next(line["device"] for line in reversed(lines) if line.get("what") == "fit"))
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.simulate", description=(__doc__ or "").split("\n")[0])
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", type=_device, default=DEVICE, help="JSON, or a file with a fitted one")
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--page", help="draw into this file")
+    shared.add_argument("-o", "--out", help="append the lines to this file too")
+    commands = parser.add_subparsers(required=True)
+
+    one = commands.add_parser("calibrate", parents=[shared])
+    one.add_argument("--replicas", type=_sizes, default=[1, 2, 4])
+    one.add_argument("--real", action="store_true", help="a real engine, one replica")
+    one.add_argument("--rate", type=float, default=1.6, help="requests a second and replica")
+    one.add_argument("--seconds", type=float, default=20.0)
+    one.add_argument("--prompt", type=float, default=800.0, help="median tokens")
+    one.add_argument("--output", type=float, default=60.0, help="median tokens")
+    one.set_defaults(run=lambda arguments, report: asyncio.run(calibrate(arguments, report)))
+
+    two = commands.add_parser("costs", parents=[shared])
+    two.set_defaults(run=lambda arguments, report: asyncio.run(costs(arguments, report)))
+
+    three = commands.add_parser("scale", parents=[shared])
+    three.add_argument("--replicas", type=_sizes, default=[10, 30, 100, 300, 1000])
+    three.add_argument("--rate", type=float, default=1.8, help="requests a second and replica")
+    three.add_argument("--warm", type=float, default=20.0)
+    three.add_argument("--seconds", type=float, default=20.0)
+    three.add_argument("--replicas-per-gateway", type=float, default=8.0)
+    three.add_argument("--most-for-one", type=int, default=300, help="replicas behind a single gateway")
+    three.add_argument("--ranked", type=int, default=32, help="replicas ranked, in the runs where not all are")
+    three.set_defaults(run=scale)
+
+    four = commands.add_parser("day", parents=[shared])
+    four.add_argument("--peak", type=float, default=18.0, help="requests a second in the busiest hour")
+    four.add_argument("--trace", help="a file in the shape of Azure's LLM inference traces, instead")
+    four.add_argument("--speed", type=float, default=1.0, help="of the trace")
+    four.add_argument("--hours", type=float, default=DAY_S / 3600)
+    four.add_argument("--begin-hour", type=float, default=0.0)
+    four.add_argument("--initial", type=int, default=4)
+    four.add_argument("--most", type=int, default=64)
+    four.add_argument("--fixed", type=_sizes, default=[10], help="fixed fleets to compare with")
+    four.add_argument("--gateways", type=int, default=2)
+    four.add_argument("--load-time", type=float, default=60.0, help="seconds until a new replica serves")
+    four.set_defaults(run=day_run)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Measures `Costs` on this machine, from the code that serves. Microseconds of one core; a quiet machine is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from loadtest.paced import TextDevice, text_replica
+from loadtest.simulator.costs import Costs
+from loadtest.simulator.rig import Rig, rig
+from loadtest.simulator.visit import Visit, visit_with
+from serve import wire
+from serve.backend import Backend, EventStream, Load
+from serve.channel import ChannelClient
+from serve.channel_server import ChannelServer
+from serve.gateway.routing import Candidate, Router
+from serve.prefix_view import PrefixView
+from serve.request import ModelCard, Request
+from serve.wire import ReplicaEntry
+
+FAST = TextDevice(base_s=0.010, row_s=0.0, unit_s=0.0, kv_cache_tokens=163_840, max_num_batched_tokens=8192)
+NUM_REQUESTS, NUM_PROMPT = 240, 1020
+NUM_STREAMS, NUM_TOKENS = 24, 200
+NUM_REPORTS = 2000
+
+
+async def measure_costs() -> Costs:
+    """About 20 s."""
+    candidate_s, block_s = _ranking()
+    request_s, token_s, snapshot = await _gateway()
+    entry_s, member_s = _announcing()
+    report_s, send_report_s = await _reports()
+    return Costs(
+        request_s=request_s,
+        token_s=token_s,
+        candidate_s=candidate_s,
+        block_s=block_s,
+        report_s=report_s,
+        send_report_s=send_report_s,
+        push_s=_pushes(snapshot),
+        entry_s=entry_s,
+        member_s=member_s,
+    )
+
+
+def _ranking() -> tuple[float, float]:
+    """A candidate, and a block of the prompt: from ranking 1000 and 200 replicas, and a long prompt."""
+    view = PrefixView()
+    view.block_size = 16
+    load = Load(running=20, backlog_s=0.4, unit_s=2e-4, job_s=0.03)
+    router = Router()
+
+    def rank(num_candidates: int, num_prompt: int) -> float:
+        visit = visit_with("r", 0.0, tuple(range(num_prompt)), 1)
+
+        def once() -> None:
+            made = [Candidate(f"replica-{number}", load, view, ("a",)) for number in range(num_candidates)]
+            router.rank(visit.request, made)
+
+        return _seconds(once, 20)
+
+    few, many, long = rank(200, 32), rank(1000, 32), rank(200, 32 + 8000)
+    return (many - few) / 800, (long - few) / 500
+
+
+async def _gateway() -> tuple[float, float, wire.Push]:
+    """A request with one token, a further token, and what the gateway pushes to the hub afterwards."""
+    async with rig(num_replicas=1, device=FAST) as running:
+        await running.ask([_visit(number, 0.0, 16, 8) for number in range(8)])
+        requests = [_visit(100 + number, number / 60, NUM_PROMPT, 1) for number in range(NUM_REQUESTS)]
+        request_s = await _cpu_s(running, requests) / NUM_REQUESTS
+        streams = [_visit(1000 + number, 0.0, NUM_PROMPT, NUM_TOKENS) for number in range(NUM_STREAMS)]
+        cpu_s = await _cpu_s(running, streams) - NUM_STREAMS * request_s
+        snapshot = running.snapshot("gateway-0")
+    return request_s, cpu_s / (NUM_STREAMS * (NUM_TOKENS - 1)), snapshot
+
+
+async def _cpu_s(running: Rig, visits: list[Visit]) -> float:
+    before = running.gateway_cpu_s()
+    await running.ask(visits)
+    return running.gateway_cpu_s() - before
+
+
+def _visit(number: int, at_s: float, num_prompt: int, num_output: int) -> Visit:
+    ids = tuple(300 + (number * 7919 + place * 31) % 1200 for place in range(num_prompt))
+    return visit_with(f"m{number}", at_s, ids, num_output)
+
+
+async def _reports() -> tuple[float, float]:
+    """A load report on its way: both ends and their event loops in one process here, half of it for each."""
+    backend = _Changing()
+    secret = secrets.token_bytes(32)
+    server = ChannelServer(backend, {}, secret=secret, replica_id="replica")
+    with tempfile.TemporaryDirectory() as folder:
+        client = await ChannelClient.connect(await server.start(f"unix:{folder}/r"), secret=secret, gateway_id="g")
+        (session,) = server.sessions.values()
+        began = time.perf_counter()
+        for number in range(NUM_REPORTS):
+            session.is_report_due = True
+            session.connection.schedule()
+            while client.load().running <= number:
+                await asyncio.sleep(0)
+        seconds = (time.perf_counter() - began) / NUM_REPORTS
+        await client.aclose()
+        await server.aclose()
+    await backend.aclose()
+    return seconds / 2, seconds / 2
+
+
+def _pushes(push: wire.Push) -> float:
+    """A process's snapshot at the hub: read and kept."""
+    data = wire.encode(push)
+    kind, payload, accepts = data[4], data[wire.HEADER.size :], frozenset({wire.Push})
+    return _seconds(lambda: wire.decode(kind, payload, accepts), 200)
+
+
+def _announcing() -> tuple[float, float]:
+    """A list of replicas for one member: by entry, and the rest. Writing it to the socket is not counted."""
+
+    def once(num_entries: int) -> float:
+        entries = [ReplicaEntry(f"replica-{n}", "model", "text", f"tcp:10.0.0.{n}:7000") for n in range(num_entries)]
+        return _seconds(lambda: wire.encode(wire.Entries(entries)), 50)
+
+    few, many = once(10), once(1000)
+    entry_s = (many - few) / 990
+    return entry_s, max(0.0, few - 10 * entry_s)
+
+
+def _seconds(call: Callable[[], object], num: int) -> float:
+    """Of one call; the best of three rounds."""
+    rounds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(num):
+            call()
+        rounds.append((time.perf_counter() - began) / num)
+    return min(rounds)
+
+
+class _Changing(Backend):
+    """Its load is another one each time it is asked."""
+
+    def __init__(self) -> None:
+        self._inner, _ = text_replica(FAST)
+        self._load = Load()
+
+    @property
+    def card(self) -> ModelCard:
+        return self._inner.card
+
+    async def submit(self, request: Request) -> EventStream:
+        return await self._inner.submit(request)
+
+    def load(self) -> Load:
+        self._load = replace(self._load, running=self._load.running + 1)
+        return self._load
+
+    async def check_health(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
