@@ -146,7 +146,7 @@ class Hub:
         life.snapshot, life.seen = snapshot, self._clock()
 
     def register(self, member: _Member, entry: ReplicaEntry) -> None:
-        """A replica can be reached from now on; after a lost connection it says so again."""
+        """A replica is coming, or can be reached from now on; after a lost connection it says so again."""
         member.entry = entry
         life = self._lives.get(member.process)
         if life is not None and not life.has_registered:

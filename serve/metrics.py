@@ -198,10 +198,10 @@ METRICS: dict[str, Metric] = {
             "Changes of the number of replicas asked for.",
         ),
         Metric(
-            "tandem_replica_starts_total", "counter", ("hub",), MODEL, "Replica processes that came up and registered."
+            "tandem_replica_starts_total", "counter", ("hub",), MODEL, "Replica processes that began to come up."
         ),
         Metric(
-            "tandem_snapshot_age_seconds", "gauge", ("hub",), {}, "Since the process last pushed, as it does every second."
+            "tandem_snapshot_age_seconds", "gauge", ("hub",), {}, "Since the process last pushed; it does each second."
         ),
         _process("tandem_process_info", "1; what a process is.", {"role": ("gateway", "replica", "hub"), "pid": None}),
         _process("tandem_process_start_time_seconds", "Unix time at which the process started.", {}),
