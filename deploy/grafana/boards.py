@@ -92,7 +92,13 @@ JOBS = Panel(
     },
 )
 BACKLOG = Panel("Predicted backlog", by_process("tandem_predicted_backlog_seconds"), "s")
-REPLICAS = Panel("Replicas", {f"sum by (model) ({of('tandem_replicas')})": "{{model}}"})
+REPLICAS = Panel(
+    "Replicas",
+    {
+        f"sum by (model) ({of('tandem_replicas')})": "{{model}}",
+        f"sum by (model) ({of('tandem_replicas_desired')})": "{{model}} asked for",
+    },
+)
 CANCELLED = Panel(
     "Left by their client",
     {rate("tandem_cancellations_total"): "{{model}}"},
@@ -272,6 +278,11 @@ RAY = Board(
                   note="In 15 minutes."),
             Panel("Time to load", {f"max by (model) ({of('tandem_model_load_seconds')})": "{{model}}"}, "s"),
             JOBS, BACKLOG, QUEUE,
+            Panel("Changes asked for by the autoscaler",
+                  {f"sum by (model, direction) (increase({of('tandem_scaling_events_total')}[15m]))":
+                   "{{model}} {{direction}}"}, note="In 15 minutes.", width=12),
+            Panel("Held for a sleeping model", {f"sum by (model) ({of('tandem_requests_held')})": "{{model}}"},
+                  width=12),
             Panel("Models", {of("tandem_model_info"): ""}, kind="table", width=24),
         ),
         "Processes": (
