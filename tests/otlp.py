@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
 
 @dataclass
 class Span:
@@ -63,7 +61,7 @@ def collecting() -> Iterator[Collector]:
                 body = gzip.decompress(body)
             assert self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
             collector.raw.append(body)
-            collector.spans += _spans(ExportTraceServiceRequest.FromString(body))
+            collector.spans += _spans(body)
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -83,8 +81,10 @@ def collecting() -> Iterator[Collector]:
         thread.join()
 
 
-def _spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
-    for resource in request.resource_spans:
+def _spans(body: bytes) -> Iterator[Span]:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest  # extra otel
+
+    for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
         about = _plain(resource.resource.attributes)
         for scope in resource.scope_spans:
             for span in scope.spans:

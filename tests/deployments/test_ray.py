@@ -13,6 +13,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from otlp import collecting
 from PIL import Image
 from serving import Serving, eventually, launched, serving
 from tiny import tiny_folder
@@ -35,7 +36,13 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder, pictures, tmp_path_factory):
+def collector():
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(folder, pictures, tmp_path_factory, collector):
     """Two replicas of a text model and one of an image model behind one gateway, started from a folder whose files must
     never be imported."""
     trapped = tmp_path_factory.mktemp("trapped")
@@ -46,7 +53,8 @@ def server(folder, pictures, tmp_path_factory):
     image = {"model": str(pictures), "served_model_name": ["tiny-image"], "threads": 1}
     config = trapped / "tandem.yaml"
     config.write_text(json.dumps({"models": [text, image]}))
-    with serving("--config", str(config), cwd=trapped, timeout_s=180) as running:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with serving("--config", str(config), cwd=trapped, timeout_s=180, **environment) as running:
         yield running
 
 
@@ -68,6 +76,20 @@ def replicas(server: Serving) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children(recursive=True)
     title = re.compile(r"ServeReplica:tandem:model-tiny(?!-image)")
     return [child for child in children if title.search(" ".join(child.cmdline()))]
+
+
+def test_a_trace_crosses_ray_to_the_replica(server, collector):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "traced"}
+    httpx.post(f"{server.url}/v1/chat/completions", json=body(), headers=headers, timeout=60).raise_for_status()
+    root = eventually(lambda: collector.root("traced"), within_s=20)
+    tree = ["chat tiny", ["replica", ["job", "queue", "prefill", "decode"]]]
+    eventually(lambda: collector.tree(root) == tree, within_s=20)
+    [replica] = collector.children(root)
+    [job] = collector.children(replica)
+    assert (root.trace, root.parent) == (trace, parent)
+    assert job.process == replica.attributes["tandem.replica.id"] != root.process
 
 
 def test_streamed_and_whole_answers_are_equal(server):
