@@ -7,7 +7,8 @@ lost on the way is generated again. A replica that drains and does not get done 
 What was begun on one model and config is never continued on others, as after an update: then only replicas of equal
 fingerprint will do, unless nothing has been shown yet.
 
-A request whose replicas keep dying may be what kills them: after `MAX_LOST` it is given up, with an error of its own.
+A request whose replicas keep dying may be what kills them: after `MAX_LOST` it is given up, with an error of its own,
+or tried alone once more where others were lost with it each time (`suspects.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,6 +24,7 @@ from serve.backend import EventStream
 from serve.errors import DeadlineExceeded, Draining, EngineDead, Quarantined, ReplicaLost, TandemError
 from serve.events import Event
 from serve.gateway.delivered import Delivered
+from serve.gateway.suspects import Suspects
 from serve.request import Request
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,12 @@ class Placement:
 
 class Placer(Protocol):
     """Who finds replicas (`Pool`)."""
+
+    suspects: Suspects
+
+    def note_loss(self, replica_id: str) -> None:
+        """This replica is lost with all that it has now."""
+        ...
 
     async def place_again(
         self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
@@ -80,6 +89,8 @@ class PlacedStream:
         self._until = None if request.timeout_s is None else began + request.timeout_s
         self._num_moves = 0
         self._is_closed = False
+        self._ahead: list[Event] = []
+        """Read on trial, not passed on yet."""
 
     def __aiter__(self) -> EventStream:
         return self
@@ -87,7 +98,8 @@ class PlacedStream:
     async def __anext__(self) -> list[Event]:
         while (placement := self._placement) is not None:
             try:
-                events = self._delivered.take(await placement.stream.__anext__())
+                piece, self._ahead = self._ahead or await placement.stream.__anext__(), []
+                events = self._delivered.take(piece)
             except (ReplicaLost, EngineDead, Draining) as loss:
                 if self._is_closed:
                     break
@@ -107,13 +119,17 @@ class PlacedStream:
     async def _move(self, placement: Placement, loss: TandemError) -> None:
         """Go on elsewhere. Raises what the client is to read when that cannot be; `_placement` is then None."""
         loop, self._placement = asyncio.get_running_loop(), None
-        began = loop.time()
+        began, has_died = loop.time(), not isinstance(loss, Draining)
+        if has_died:
+            self._placer.note_loss(placement.replica_id)
         await _leave(placement)
         if self._delivered.is_complete:
             return
-        if not isinstance(loss, Draining):
+        if has_died:
             self._lost.append(placement.replica_id)
-        require_innocent(self._request, self._lost, self._placer)
+        is_suspect = len(self._lost) >= MAX_LOST and has_died
+        if is_suspect and not self._placer.suspects.are_several(self._request.request_id, self._lost):
+            require_innocent(self._request, self._lost, self._placer)
         if self._num_moves == MAX_MOVES:
             raise loss
         if not self._delivered.is_exact:
@@ -123,7 +139,10 @@ class PlacedStream:
             ) from None
         self._num_moves += 1
         fingerprint = placement.fingerprint if self._delivered.has_begun else None
-        new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until, fingerprint)
+        trial = self._placer.suspects.trial(self._request.model) if is_suspect else nullcontext()
+        async with trial:
+            new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until, fingerprint)
+            again = await self._stand_trial(new) if is_suspect else None
         log.warning(
             "request moved id=%s from=%s to=%s loss=%s pause_s=%.3f",
             *(self._request.request_id, placement.replica_id, new.replica_id, loss.code, loop.time() - began),
@@ -131,8 +150,28 @@ class PlacedStream:
         self._placer.moved(self._request)
         if self._is_closed:
             await _leave(new)
+        elif again is not None:
+            await self._move(new, again)
         else:
             self._placement = new
+
+    async def _stand_trial(self, placement: Placement) -> Draining | None:
+        """Return when the replica has survived this request's first step there, or how it was left before.
+        Raises Quarantined."""
+        try:
+            self._ahead = await placement.stream.__anext__()
+        except StopAsyncIteration:
+            pass  # there is nothing more, as the next read will find
+        except Draining as loss:
+            return loss
+        except (ReplicaLost, EngineDead):
+            await _leave(placement)
+            self._lost.append(placement.replica_id)
+            require_innocent(self._request, self._lost, self._placer)
+        except BaseException:
+            await _leave(placement)
+            raise
+        return None
 
 
 def require_innocent(request: Request, lost: list[str], placer: Placer) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from serve.gateway.failover import PlacedStream, Placement, require_innocent, sh
 from serve.gateway.hold import Hold
 from serve.gateway.routing import Candidate, Prediction, Router
 from serve.gateway.shedding import Coming, require_time
+from serve.gateway.suspects import Suspects
 from serve.prefix_view import PrefixView
 from serve.recorder import Recorder
 from serve.request import Request
@@ -99,7 +100,8 @@ class _Member:
     joining: asyncio.Task[None] | None = None
     digest: bytes = b""
     """Of its tokenizer's files."""
-    num_open: int = 0
+    open: dict[object, str] = field(default_factory=dict)
+    """A key of its own → its id, of every request that is there: ids may be equal."""
     is_dropped: bool = False
 
 
@@ -119,6 +121,7 @@ class Pool:
     ) -> None:
         """`configured`: the models that should have replicas, those that scale to zero among them."""
         self.models = Catalog()
+        self.suspects = Suspects()
         self.hold = hold or Hold()
         self._max_wait_s = max_wait_s
         self._coming = Coming()
@@ -221,6 +224,10 @@ class Pool:
     def moved(self, request: Request) -> None:
         self._count("tandem_failovers_total", request)
 
+    def note_loss(self, replica_id: str) -> None:
+        if (member := self._members.get(replica_id)) is not None:
+            self.suspects.record(replica_id, member.open.values())
+
     def gave_up(self, request: Request) -> None:
         self._count("tandem_quarantines_total", request)
 
@@ -285,8 +292,8 @@ class Pool:
                     lost.append(replica_id)
                     require_innocent(request, lost, self)
                 continue
-            member.num_open += 1
-            return Placement(replica_id, member.entry.fingerprint, stream, partial(self._ended, member))
+            member.open[key := object()] = request.request_id
+            return Placement(replica_id, member.entry.fingerprint, stream, partial(self._ended, member, key))
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
             _turn_away(ranked, able)
@@ -338,7 +345,7 @@ class Pool:
         member.is_dropped = True
         if member.joining is not None:
             member.joining.cancel()
-        if now or member.num_open == 0:
+        if now or not member.open:
             self._release(member)
 
     def _release(self, member: _Member) -> None:
@@ -351,10 +358,10 @@ class Pool:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _ended(self, member: _Member) -> None:
+    def _ended(self, member: _Member, key: object) -> None:
         """One of the member's streams has ended."""
-        member.num_open -= 1
-        if member.is_dropped and member.num_open == 0:
+        del member.open[key]
+        if member.is_dropped and not member.open:
             self._release(member)
 
 

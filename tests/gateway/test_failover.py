@@ -447,3 +447,28 @@ def test_one_death_is_counted_once():
             await asyncio.sleep(0)
         await net.join()
         assert tokens(got + await waiting + await read(stream)) == REPLY
+
+
+@dataclass(eq=False)
+class Fragile(FakeBackend):
+    """Ends, with all it has, in the first step of a poisonous request."""
+
+    async def submit(self, request):
+        if request.request_id == "poison":
+            self.is_alive, self.fail_after = False, (0, LOST)
+        return await super().submit(request)
+
+
+def test_neighbours_of_a_poisonous_request_are_tried_alone_and_keep_their_answers():
+    """It ends two replicas with all of them, and a third that tells it from the others."""
+    backends = [Fragile(REPLY, replica_id=f"r{i}") for i in range(4)]
+
+    @with_net(*backends)
+    async def _(net):
+        streams = [await net.pool.submit(replace(request(), request_id=f"good {i}")) for i in range(4)]
+        streams.append(await net.pool.submit(replace(request(), request_id="poison")))
+        await net.join()
+        answers = await asyncio.gather(*(read(stream) for stream in streams), return_exceptions=True)
+        assert [tokens(answer) for answer in answers[:4]] == [REPLY] * 4
+        assert isinstance(answers[4], Quarantined) and net.count("tandem_quarantines_total") == 1
+        assert sum(not backend.is_alive for backend in backends) <= 3
