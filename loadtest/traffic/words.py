@@ -35,7 +35,7 @@ class Words:
     async def measured(cls, count: Counter) -> Words:
         """By counting each behind another word."""
         base = await count("time")
-        return cls(tuple([(word, await count(f"time {word}") - base) for word in COMMON]))
+        return cls(tuple([(word, max(1, await count(f"time {word}") - base)) for word in COMMON]))
 
     @classmethod
     def uncounted(cls) -> Words:
