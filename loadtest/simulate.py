@@ -53,7 +53,7 @@ def main() -> None:
 
 async def calibrate(arguments: argparse.Namespace, report: Report) -> None:
     real = arguments.real
-    fitted: Fit | None = None
+    fitted = None if arguments.fitted is None else Fit(_device(arguments.fitted), 0, 0.0, 0.0)
     lengths = Lengths(prompt_median=arguments.prompt, output_median=arguments.output, most_prompt=3000)
     comparisons: list[Comparison] = []
     for num_replicas in [1] if real else arguments.replicas:
@@ -85,7 +85,7 @@ async def costs(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def scale(arguments: argparse.Namespace, report: Report) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = _earlier(arguments.earlier)
     base = Sweep(
         device=arguments.device,
         lengths=Lengths(),
@@ -110,6 +110,7 @@ def scale(arguments: argparse.Namespace, report: Report) -> None:
             rows.setdefault(name, []).append(row)
             report(benchmark="simulator", what="scale", gateways_are=name, **row)
     for name, table in rows.items():
+        table.sort(key=lambda row: row["replicas"])
         print(f"\n{name}")
         _table([{key: value for key, value in row.items() if key != "loads"} for row in table])
     _page(arguments.page, "Fleets of 10 to 1000 replicas", drawn.scale(rows, Slo()))
@@ -162,6 +163,17 @@ def _requests(arguments: argparse.Namespace, end_s: float) -> Iterator[Visit]:
     return day(arguments.peak, Lengths(), seed=arguments.seed, begin_s=begin_s, end_s=begin_s + end_s)
 
 
+def _earlier(path: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `scale` that an earlier command has written to a file."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in Path(path).read_text().splitlines() if path else ():
+        row = json.loads(line)
+        if row.pop("what") == "scale":
+            del row["benchmark"]
+            rows.setdefault(row.pop("gateways_are"), []).append(row)
+    return rows
+
+
 def _page(path: str | None, title: str, charts: Sequence[str]) -> None:
     if path:
         Path(path).write_text(drawn.page(title, charts), encoding="utf-8")
@@ -204,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("calibrate", parents=[shared])
     one.add_argument("--replicas", type=_sizes, default=[1, 2, 4])
     one.add_argument("--real", action="store_true", help="a real engine, one replica")
+    one.add_argument("--fitted", help="a file with a fit of an earlier run, which predicts all of these")
     one.add_argument("--rate", type=float, default=1.6, help="requests a second and replica")
     one.add_argument("--seconds", type=float, default=20.0)
     one.add_argument("--prompt", type=float, default=800.0, help="median tokens")
@@ -221,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--replicas-per-gateway", type=float, default=8.0)
     three.add_argument("--most-for-one", type=int, default=300, help="replicas behind a single gateway")
     three.add_argument("--ranked", type=int, default=32, help="replicas ranked, in the runs where not all are")
+    three.add_argument("--earlier", help="lines that --out has written: drawn and printed too")
     three.set_defaults(run=scale)
 
     four = commands.add_parser("day", parents=[shared])

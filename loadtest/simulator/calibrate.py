@@ -24,8 +24,9 @@ from loadtest.simulator.visit import Visit, visit_with
 from loadtest.simulator.workload import Lengths
 
 COMPARED = ("tokens_per_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s")
-NUM_WARM = 6
-FIRST_ID, LAST_ID = 300, 1500
+WARM_S = 4.0
+"""Of the same traffic before what is measured: paces then know their devices, as they do in the simulator."""
+FIRST_ID, LAST_ID = 300, 1000
 """Of prompts' random tokens: ordinary ones of the embedded model's vocabulary."""
 
 
@@ -58,22 +59,22 @@ class Comparison:
 
 
 async def measure(
-    visits: Sequence[Visit], *, num_replicas: int, device: TextDevice | None, model: str
+    visits: Sequence[Visit], warm: Sequence[Visit], *, num_replicas: int, device: TextDevice | None, model: str
 ) -> tuple[list[StepSample], float]:
     """Let real processes answer `visits`, which take in what their clients saw; the steps of all replicas, and how many
     cores the gateway took."""
     async with rig(num_replicas=num_replicas, device=device, model=model) as running:
-        await running.ask(prompts(NUM_WARM, 1.0, 0.2, Lengths(prompt_median=64, output_median=8), seed=-1))
+        await running.ask(warm)
         before = running.gateway_cpu_s()
         await running.ask(visits)
         cpu_s = running.gateway_cpu_s() - before
     return [sample for samples in running.samples for sample in samples], cpu_s / _end_s(visits)
 
 
-def prompts(most: int, rate: float, seconds: float, lengths: Lengths, *, seed: int) -> list[Visit]:
+def prompts(rate: float, seconds: float, lengths: Lengths, *, seed: int) -> list[Visit]:
     """Poisson arrivals of prompts of random tokens: the same for a seed, and none is another's beginning."""
     source, at, visits = random.Random(f"calibrate-{seed}"), 0.0, list[Visit]()
-    while (at := at + source.expovariate(rate)) < seconds or len(visits) < min(most, NUM_WARM):
+    while (at := at + source.expovariate(rate)) < seconds:
         num_prompt, num_output = lengths.draw(source)
         ids = tuple(source.randrange(FIRST_ID, LAST_ID) for _ in range(num_prompt))
         visits.append(visit_with(f"c{seed}-{len(visits)}", at, ids, num_output))
@@ -106,8 +107,10 @@ async def compare(
     seed: int,
 ) -> tuple[Fit, Comparison]:
     """Measure, fit where nothing is fitted yet, simulate. `rate`: a replica's share."""
-    visits = prompts(0, rate * num_replicas, seconds, lengths, seed=seed)
-    samples, cores = await measure(visits, num_replicas=num_replicas, device=like if paced else None, model=model)
+    warm, visits = (
+        prompts(rate * num_replicas, span_s, lengths, seed=number) for number, span_s in ((-1, WARM_S), (seed, seconds))
+    )
+    samples, cores = await measure(visits, warm, num_replicas=num_replicas, device=like if paced else None, model=model)
     fitted = fitted or fit(samples, like)
     simulated = simulate(visits, fitted.device, num_replicas, costs)
     told = [figures(each, begin_s=0.0, end_s=_end_s(each) + 1e-6, slo=Slo()) for each in (visits, simulated)]

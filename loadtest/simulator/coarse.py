@@ -20,10 +20,13 @@ from loadtest.simulator.world import World
 from serve.backend import Load
 from serve.errors import Overloaded
 from serve.events import FinishReason
-from serve.text.pace import MEMORY, TextPace
+from serve.text.pace import TextPace
 from serve.text.prefix_digest import PrefixDigest
 from serve.text.scheduler import WATERMARK, TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch
+
+FED = 4
+"""Of a run of equal steps, how many its pace is told: they say little that the first has not."""
 
 
 @dataclass(slots=True)
@@ -189,7 +192,7 @@ class CoarseReplica(Replica):
         self.busy_s += num * seconds
         self._run = None
         batch = cast(TokenBatch, Step([ROW] * len(self._decodes)))
-        for _ in range(min(num, MEMORY)):  # of more equal steps the pace learns little
+        for _ in range(min(num, FED)):
             self.pace.on_step(batch, seconds)
         self._advance(num)
         self._next()

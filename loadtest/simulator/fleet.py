@@ -11,7 +11,6 @@ from loadtest.simulator.coarse import CoarseReplica
 from loadtest.simulator.costs import Costs
 from loadtest.simulator.gateway import SimulatedGateway
 from loadtest.simulator.replica import Replica
-from loadtest.simulator.sampled import SampledRouter
 from loadtest.simulator.visit import Visit
 from loadtest.simulator.world import World
 from serve.autoscaling import Autoscaler
@@ -68,7 +67,10 @@ class Fleet:
         self._num_made = 0
         self._paid_until_s = 0.0
         self._random = random.Random(f"gateways-{seed}")
-        self.gateways = [self._gateway(number) for number in range(options.num_gateways)]
+        self.gateways = [
+            SimulatedGateway(number, world, Router(clock=self._now), options.costs, options.num_ranked)
+            for number in range(options.num_gateways)
+        ]
         self._demand: dict[str, Demand] = {}
         for _ in range(options.num_replicas):
             self._join()
@@ -78,14 +80,8 @@ class Fleet:
             world.at(SAMPLE_S, self._sample)
             world.at(DECIDE_S, self._decide)
 
-    def _gateway(self, number: int) -> SimulatedGateway:
-        num, world = self.options.num_ranked, self.world
-
-        def clock() -> float:
-            return world.now
-
-        router = Router(clock=clock) if num is None else SampledRouter(num, seed=number, clock=clock)
-        return SimulatedGateway(number, world, router, self.options.costs, num)
+    def _now(self) -> float:
+        return self.world.now
 
     def feed(self, visits: Iterable[Visit]) -> None:
         """Visits in order of arrival, each announced by the one before it."""

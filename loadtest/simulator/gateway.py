@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ class SimulatedGateway:
     """Requests and tokens wait for its core in order of arrival; load reports make it slower throughout."""
 
     def __init__(self, number: int, world: World, router: Router, costs: Costs, num_ranked: int | None = None):
-        """`num_ranked`: replicas that the router looks at, drawn by it at random; None: all."""
+        """`num_ranked`: replicas that the router looks at, drawn at random; None: all."""
         self.number = number
         self.busy_s = 0.0
         self.num_held = 0
@@ -26,6 +27,7 @@ class SimulatedGateway:
         self._router = router
         self._costs = costs
         self._num_ranked = num_ranked or 1 << 30
+        self._random = random.Random(f"gateway-{number}")
         self._free_s = 0.0
         """When the core has done what is asked of it so far."""
         self._held: deque[Visit] = deque()
@@ -61,6 +63,8 @@ class SimulatedGateway:
             self._held.append(visit)
             self.num_held = len(self._held)
             return
+        if len(replicas) > self._num_ranked:
+            replicas = self._random.sample(replicas, self._num_ranked)
         able = {replica.replica_id: replica for replica in replicas}
         candidates = [replica.candidate(self._unreported(replica)) for replica in replicas]
         for prediction in self._router.rank(visit.request, candidates):
