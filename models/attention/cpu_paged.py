@@ -6,7 +6,7 @@ about 220 positions, 8 heads of 128, take 90 ms for 28 layers by those kernels, 
 and 50 by this loop (two threads, Intel Xeon with AMX; to read the memory takes 35). And no sequence knows of its mates:
 a decode has the same bits alone and in any batch. Numba compiles it at start, in 2 s; it comes with the extra `cpu`.
 
-The arithmetic is float32 throughout, rounded once at the end. A number in bfloat16 is the upper half of a float32, so
+The arithmetic is float32 throughout. A number in bfloat16 is the upper half of a float32, so
 that a pair of them, read as one 32-bit word, is two shifts away from two numbers: H/2 = C words a row, the even
 features in their lower halves. The threads are those of torch's OpenMP: others would have to share the cores with them,
 for they spin for a while after each kernel.
@@ -20,7 +20,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -57,23 +57,10 @@ class PagedDecodes:
     """[shares + 1], int64: where each thread's share of the pairs of sequence and key/value head begins and ends."""
 
 
-class _Task(NamedTuple):
-    """One call of the loop, as integers: addresses, sizes, and the bits of the scale."""
-
-    kv: int
-    tables: int
-    spans: int
-    cuts: int
-    queries: int
-    out: int
-    num_blocks: int
-    num_kv_heads: int
-    num_sequences: int
-    num_heads: int
-    width: int
-    """Of the tables."""
-    num_shares: int
-    scale: int
+_ADDRESSES = ("kv", "tables", "spans", "cuts", "queries", "out", "lse")
+_SIZES = ("num_blocks", "num_kv_heads", "num_sequences", "num_heads", "table_width", "num_shares")
+_TASK = np.dtype([*((name, np.int64) for name in (*_ADDRESSES, *_SIZES)), ("scale", np.float32)], align=True)
+"""One call of the loop, for all threads."""
 
 
 class PagedDecode:
@@ -83,40 +70,32 @@ class PagedDecode:
         self._spec = spec
         self._share = _compile(spec.block_size, spec.head_dim // 2)
 
-    def plan(self, tables: Sequence[Sequence[int]], lengths: Sequence[int], window: int | None) -> PagedDecodes:
-        """`lengths`: positions of each sequence that will be there when it attends."""
+    def plan(self, tables: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]]) -> PagedDecodes:
+        """`spans`: of each sequence, the first position it sees and the end of those that will be there."""
         padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table
-        ends = np.array(lengths, np.int64)
-        firsts = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
-        work = np.cumsum(np.repeat(ends - firsts, self._spec.num_kv_heads))
+        spans_S2 = np.array(spans, np.int64)
+        work = np.cumsum(np.repeat(spans_S2[:, 1] - spans_S2[:, 0], self._spec.num_kv_heads))
         num = min(torch.get_num_threads(), len(work))
         cuts = [0, *np.searchsorted(work, work[-1] * np.arange(1, num) / num).tolist(), len(work)]
-        return PagedDecodes(padded, np.stack([firsts, ends], 1), np.array(cuts, np.int64))
+        return PagedDecodes(padded, spans_S2, np.array(cuts, np.int64))
 
-    def attend(self, q_SNH: torch.Tensor, kv: torch.Tensor, decodes: PagedDecodes, scale: float) -> torch.Tensor:
-        """[S, N, H]."""
+    def attend(
+        self, q_SNH: torch.Tensor, kv: torch.Tensor, decodes: PagedDecodes, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[S, N, H], and the log-sum-exp of the scores [S, N]; float32."""
         q_SNH = q_SNH.contiguous()
-        out_SNH = torch.empty_like(q_SNH)
-        task = _Task(
-            kv=kv.data_ptr(),
-            tables=decodes.tables.ctypes.data,
-            spans=decodes.spans.ctypes.data,
-            cuts=decodes.cuts.ctypes.data,
-            queries=q_SNH.data_ptr(),
-            out=out_SNH.data_ptr(),
-            num_blocks=len(kv),
-            num_kv_heads=self._spec.num_kv_heads,
-            num_sequences=len(q_SNH),
-            num_heads=q_SNH.shape[1],
-            width=decodes.tables.shape[1],
-            num_shares=len(decodes.cuts) - 1,
-            scale=int(np.float32(scale).view(np.uint32)),
-        )
-        integers = np.array(task, np.int64)
-        _run_on_all(self._share.address, integers.ctypes.data, task.num_shares, 0)
-        return out_SNH
+        out_SNH = torch.empty(q_SNH.shape)
+        lse_SN = torch.empty(q_SNH.shape[:2])
+        num, num_heads = lse_SN.shape
+        arrays = (decodes.tables, decodes.spans, decodes.cuts)
+        addresses = (kv.data_ptr(), *(array.ctypes.data for array in arrays), q_SNH.data_ptr(), out_SNH.data_ptr())
+        num_shares = len(decodes.cuts) - 1
+        sizes = (len(kv), self._spec.num_kv_heads, num, num_heads, decodes.tables.shape[1], num_shares)
+        task = np.array((*addresses, lse_SN.data_ptr(), *sizes, scale), _TASK)
+        _run_on_all(self._share.address, task.ctypes.data, num_shares, 0)
+        return out_SNH, lse_SN
 
 
 @intrinsic
@@ -129,28 +108,18 @@ def _float(_context: Any, word: Any) -> tuple[Any, Callable[..., Any]]:
     return types.float32(types.uint32), generate
 
 
-@intrinsic
-def _bits(_context: Any, number: Any) -> tuple[Any, Callable[..., Any]]:
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def pointer(_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.uint32(types.float32), generate
+        return types.CPointer(kind)(types.int64), generate
 
-
-@intrinsic
-def _words(_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint32)(types.int64), generate
+    return pointer
 
 
-@intrinsic
-def _integers(_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), generate
+_words, _integers, _floats = map(_pointer_to, (types.uint32, types.int64, types.float32))
 
 
 @intrinsic
@@ -177,15 +146,6 @@ def _low(word):
 @numba.njit(inline="always")
 def _high(word):
     return _float(word & np.uint32(0xFFFF0000))
-
-
-@numba.njit(inline="always")
-def _rounded(number):
-    """To bfloat16, to nearest, ties to even; a NaN stays one."""
-    bits: Any = _bits(number)
-    if number != number:
-        return (bits >> np.uint32(16)) | np.uint32(64)
-    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -218,7 +178,7 @@ def _largest(scores):
 
 @numba.njit(fastmath=_FAST_MATH, error_model="numpy")
 def _softmax(scores):
-    """In place."""
+    """In place; returns the log-sum-exp."""
     top, total = _largest(scores), np.float32(0)
     for at in range(len(scores)):
         scores[at] = _exp(scores[at] - top)
@@ -226,6 +186,7 @@ def _softmax(scores):
     share = np.float32(1) / total
     for at in range(len(scores)):
         scores[at] *= share
+    return top + np.log(total)
 
 
 @cache
@@ -267,7 +228,7 @@ def _compile(num_positions: int, num_words: int) -> Any:
                 odd_1[at] += t * a_high + u * b_high + v * c_high + w * d_high
 
     @numba.njit(error_model="numpy")
-    def attend_head(kv, tables, spans, pair, queries, out, scale, query, total, scores):
+    def attend_head(kv, tables, spans, pair, queries, out, lse, scale, query, total, scores):
         """One pair of sequence and key/value head; its query heads two by two. The last three are scratch."""
         num_kv_heads = kv.shape[2]
         num_groups = queries.shape[1] // num_kv_heads
@@ -287,7 +248,8 @@ def _compile(num_positions: int, num_words: int) -> Any:
                 score(kv[table[index], 0, kv_head], ahead, query, scores[:, start : start + num_positions])
             for row in range(2):
                 scores[row, :before] = 0
-                _softmax(scores[row, before:after])
+                head = kv_head * num_groups + min(group + row, num_groups - 1)
+                lse[sequence, head] = _softmax(scores[row, before:after])
                 scores[row, after : (stop - begin) * num_positions] = 0
             total[:] = 0
             for index in range(begin, stop):
@@ -297,32 +259,27 @@ def _compile(num_positions: int, num_words: int) -> Any:
             for row in range(2):
                 head = kv_head * num_groups + min(group + row, num_groups - 1)
                 for at in range(num_words):
-                    high = _rounded(total[row, 1, at]) << np.uint32(16)
-                    out[sequence, head, at] = high | _rounded(total[row, 0, at])
+                    out[sequence, head, at, 0], out[sequence, head, at, 1] = total[row, 0, at], total[row, 1, at]
 
-    @numba.cfunc(types.void(types.CPointer(types.int64)))
-    def share(task):
-        """What one thread does; `task` points to a `_Task`. Fewer threads than shares take turns."""
-        kv_at, tables_at, spans_at, cuts_at, queries_at, out_at = task[0], task[1], task[2], task[3], task[4], task[5]
-        num_blocks, num_kv_heads, num, num_heads, width, num_shares = (
-            task[6],
-            task[7],
-            task[8],
-            task[9],
-            task[10],
-            task[11],
+    @numba.cfunc(types.void(types.CPointer(numba.from_dtype(_TASK))))
+    def share(tasks):
+        """What one thread does. Fewer threads than shares take turns."""
+        task = numba.carray(tasks, 1)[0]
+        num, num_heads, width = task.num_sequences, task.num_heads, task.table_width
+        kv = numba.carray(_words(task.kv), (task.num_blocks, 2, task.num_kv_heads, num_positions, num_words))
+        tables, spans = (
+            numba.carray(_integers(task.tables), (num, width)),
+            numba.carray(_integers(task.spans), (num, 2)),
         )
-        kv = numba.carray(_words(kv_at), (num_blocks, 2, num_kv_heads, num_positions, num_words))
-        tables, spans = numba.carray(_integers(tables_at), (num, width)), numba.carray(_integers(spans_at), (num, 2))
-        cuts = numba.carray(_integers(cuts_at), num_shares + 1)
-        queries = numba.carray(_words(queries_at), (num, num_heads, num_words))
-        out = numba.carray(_words(out_at), (num, num_heads, num_words))
-        scale = _float(np.uint32(task[12]))
+        cuts = numba.carray(_integers(task.cuts), task.num_shares + 1)
+        queries = numba.carray(_words(task.queries), (num, num_heads, num_words))
+        out = numba.carray(_floats(task.out), (num, num_heads, num_words, 2))
+        lse = numba.carray(_floats(task.lse), (num, num_heads))
         query = np.empty((2, 2, num_words), np.float32)
         total = np.empty((2, 2, num_words), np.float32)
         scores = np.empty((2, (width + 1) * num_positions), np.float32)
-        for index in range(_thread_num(), num_shares, _num_threads()):
+        for index in range(_thread_num(), task.num_shares, _num_threads()):
             for pair in range(cuts[index], cuts[index + 1]):
-                attend_head(kv, tables, spans, pair, queries, out, scale, query, total, scores)
+                attend_head(kv, tables, spans, pair, queries, out, lse, task.scale, query, total, scores)
 
     return share

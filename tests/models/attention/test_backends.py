@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from models.attention import cpu
+from models.attention import cpu, cpu_decodes
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.attention.build import make_attention
 
@@ -31,7 +31,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     if request.param.endswith("compiled"):
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(cpu, "_compiled", lambda spec: None)
+        monkeypatch.setattr(cpu_decodes, "_compiled", lambda spec: None)
     return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
