@@ -284,7 +284,8 @@ class GatewayOptions:
     host: str = "127.0.0.1"
     port: int = bounded(8000, least=0, most=65535)
     num_gateways: int = bounded(1, least=1, most=64)
-    """Gateway processes; with more than one they share the port (SO_REUSEPORT)."""
+    """Gateway processes. Those of one machine share the port (SO_REUSEPORT). Over a Ray cluster they are spread evenly,
+    one a node where there are as many nodes, each at that port of its node: `host` must be one that clients reach."""
     api_key: tuple[str, ...] = ()
     """Keys clients must send as `Authorization: Bearer …`. Also from TANDEM_API_KEY and `api_key_file`. "KEY NAME"
     gives a key a name, under which metrics count its caller."""

@@ -67,8 +67,8 @@ def build_application(
     """
     if options.gateway.port == 0 and options.gateway.num_gateways > 1:
         raise ConfigError(
-            f"port is 0, any free one, and num_gateways is {options.gateway.num_gateways}; gateways listen at one port, "
-            f"each on its node: give its number"
+            f"port is 0, any free one, and num_gateways is {options.gateway.num_gateways}; gateways listen at one "
+            f"port, each on its node: give its number"
         )
     secret, ports = cluster_secret(), options.gateway.channel_ports
     elastic = {deployment_name(model): model.name for model in options.models if model.autoscaling_config is not None}

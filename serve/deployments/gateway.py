@@ -13,6 +13,7 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.channel import Attend
+from serve.deployments.node import node_address, num_nodes
 from serve.deployments.router import ChosenReplicaRouter
 from serve.gateway.gateway import Gateway
 from serve.gateway.hold import Sleeper
@@ -40,6 +41,7 @@ class GatewayDeployment:
         """`shares_port`: an update may start this one before the one that it replaces has left the port."""
         configure_logging()
         self._drain_timeout_s = options.drain_timeout_s
+        self._is_everywhere = options.host in ("0.0.0.0", "::")
         self._models = models
         self._gateway = Gateway(
             options,
@@ -58,6 +60,9 @@ class GatewayDeployment:
         self._url = await self._gateway.start(meet=awake, within_s=MEETING_S if shares_port else 0.0)
 
     async def url(self) -> str:
+        """Where clients reach this one; with several nodes by its own's address, if it listens there."""
+        if self._is_everywhere and num_nodes() > 1:
+            return f"http://{node_address()}:{self._url.rpartition(':')[2]}"
         return self._url
 
     async def meet(self, models: list[str]) -> list[ModelCard]:

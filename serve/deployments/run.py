@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import os
 import re
 import secrets
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ import psutil
 
 from serve.deployments.reaper import watch_over
 from serve.errors import ConfigError, TandemError
+from serve.gateway.auth import LOOPBACK_NAMES
 from serve.options import ServeOptions
 from serve.preflight import settle
 from serve.replica import Served, build
@@ -39,6 +42,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts on the SIGTERM that asks us to drain
+    "RAY_enable_metrics_collection": "0",  # Ray's own: nobody reads an embedded one's, and they cost 6 % of the CPU
 }
 """Set before Ray is imported; what the user has set stays."""
 
@@ -54,6 +58,8 @@ class RayApplication:
         self._build = build
         self._ray_address = ray_address
         self._cards: list[ModelCard] = []
+        self._gateways: Any = None
+        """Handle of their deployment, once it is started."""
         self._reaper: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> str:
@@ -95,6 +101,8 @@ class RayApplication:
     def _start(self) -> str:
         # Keys are read here: the gateway's node on a cluster has neither this machine's files nor this environment.
         options = settle(self._options, loads_here=self._ray_address is None)
+        if self._ray_address is None:
+            options = _with_port(options)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self._ray_address is None and "RAY_AUTH_MODE" not in os.environ:
@@ -104,6 +112,7 @@ class RayApplication:
         from ray import serve as ray_serve
 
         from serve.deployments.app import build_application
+        from serve.deployments.node import num_nodes
 
         logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it misses the main thread; we handle signals
         with _in_directory(_ROOT):  # Ray puts the driver's working directory first on its workers' path
@@ -134,7 +143,7 @@ class RayApplication:
                 f"it with `serve delete {APPLICATION}` or use another cluster"
             )
         try:
-            handle = ray_serve.run(
+            handle = self._gateways = ray_serve.run(
                 build_application(
                     options,
                     host="127.0.0.1" if self._ray_address is None else None,
@@ -150,20 +159,37 @@ class RayApplication:
         # Serve calls deployments ready on their own; what counts is that the gateway has met every model.
         try:
             names = [model.name for model in options.models]
-            self._cards = handle.meet.remote(names).result(timeout_s=MEETING_S)
+            self._cards = handle.meet.remote(names).result(timeout_s=MEETING_S)  # now it knows all that it reaches
+            handle.broadcast("meet", names).results(timeout_s=MEETING_S)
         except TimeoutError:
-            raise TandemError(f"start-up failed: the gateway did not reach every model in {MEETING_S:g} s") from None
-        return str(handle.url.remote().result())
+            raise TandemError(f"start-up failed: a gateway did not reach every model in {MEETING_S:g} s") from None
+        urls = sorted(set(handle.broadcast("url").results(timeout_s=MEETING_S)))
+        log.info("gateways ready urls=%s", ",".join(urls))
+        if num_nodes() > 1 and options.gateway.host in LOOPBACK_NAMES:
+            log.warning(
+                "host is %r: a gateway answers on its own node only; give --host 0.0.0.0 and keys", options.gateway.host
+            )
+        return str(urls[0])
 
     def _drain(self, timeout_s: float) -> None:
         import ray
         from ray import serve as ray_serve
 
-        handle = ray_serve.get_app_handle(APPLICATION)
         with contextlib.suppress(Exception):  # a gateway that died has nothing left to drain
-            handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 5.0)
+            self._gateways.broadcast("drain", timeout_s).results(timeout_s=timeout_s + 5.0)
         ray_serve.delete(APPLICATION)
         ray.shutdown()
+
+
+def _with_port(options: ServeOptions) -> ServeOptions:
+    """A free port where any was asked for: one that gateways share, and keep when they are started again."""
+    gateway = options.gateway
+    if gateway.port:
+        return options
+    family, _, _, _, (host, *_) = socket.getaddrinfo(gateway.host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.create_server((str(host), 0), family=family) as free:
+        port = free.getsockname()[1]
+    return dataclasses.replace(options, gateway=dataclasses.replace(gateway, port=port))
 
 
 def _in_lasting_thread(call: Callable[[], str]) -> asyncio.Future[str]:
