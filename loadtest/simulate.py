@@ -18,6 +18,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ REAL = TextDevice(
     base_s=0.0, row_s=0.0, unit_s=0.0, kv_cache_tokens=131_072, max_num_seqs=256, max_num_batched_tokens=1024
 )
 """Sizes of `tandem-text` as it is served on a CPU; its times are fitted."""
+
+EARLIER = "lines that --out has written: drawn and printed too"
 
 
 def main() -> None:
@@ -85,7 +88,7 @@ async def costs(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def scale(arguments: argparse.Namespace, report: Report) -> None:
-    rows: dict[str, list[dict[str, Any]]] = _earlier(arguments.earlier)
+    rows: dict[str, list[dict[str, Any]]] = _earlier(arguments.earlier, "scale")
     base = Sweep(
         device=arguments.device,
         lengths=Lengths(),
@@ -104,7 +107,8 @@ def scale(arguments: argparse.Namespace, report: Report) -> None:
         f"{many}, {arguments.ranked} ranked": dataclasses.replace(base, num_ranked=arguments.ranked),
     }.items():
         for num_replicas in arguments.replicas:
-            if sweep.replicas_per_gateway is None and num_replicas > arguments.most_for_one:
+            most = arguments.most_for_one if sweep.replicas_per_gateway is None else arguments.most_ranked
+            if num_replicas > most and sweep.num_ranked is None:
                 continue
             _, row = at_size(sweep, num_replicas)
             rows.setdefault(name, []).append(row)
@@ -117,60 +121,63 @@ def scale(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def day_run(arguments: argparse.Namespace, report: Report) -> None:
-    slo = Slo()
-    scaling = AutoscalingOptions(
-        min_replicas=1, max_replicas=arguments.most, initial_replicas=arguments.initial, target_wait_s=1.0
-    )
-    plans: dict[str, FleetOptions] = {
-        "autoscaling": FleetOptions(
-            device=arguments.device,
-            num_replicas=arguments.initial,
-            num_gateways=arguments.gateways,
-            autoscaling=scaling,
-            load_s=arguments.load_time,
-        )
-    }
-    for num in arguments.fixed:
-        plans[f"{num} fixed"] = FleetOptions(device=arguments.device, num_replicas=num, num_gateways=arguments.gateways)
-    rows, runs = [], {}
-    end_s = arguments.hours * 3600.0
-    for name, options in plans.items():
+    slo, end_s = Slo(ttft_s=arguments.slo_ttft, tpot_s=arguments.slo_tpot), arguments.hours * 3600.0
+    rows = _earlier(arguments.earlier, "day").get("", [])
+    for name, options in _plans(arguments).items():
         done = run(_requests(arguments, end_s), options, begin_s=0.0, end_s=end_s, slo=slo, seed=arguments.seed)
-        runs[name] = done
-        figures = done.figures
         row = {
             "fleet": name,
-            "requests": figures.requests,
-            "refused": figures.refused,
-            "attainment": figures.attainment,
-            "ttft_p50_s": figures.ttft_p50_s,
-            "ttft_p99_s": figures.ttft_p99_s,
-            "tpot_p99_s": figures.tpot_p99_s,
+            "requests": done.figures.requests,
+            "refused": done.figures.refused,
+            "attainment": done.figures.attainment,
+            "ttft_p50_s": done.figures.ttft_p50_s,
+            "ttft_p99_s": done.figures.ttft_p99_s,
+            "tpot_p99_s": done.figures.tpot_p99_s,
             "replica_hours": done.replica_hours,
-            "replica_hours_per_1000_good": 1000 * done.replica_hours / max(1.0, figures.goodput_per_s * end_s),
-            "decisions": sum(moment.reason not in ("steady", "bounds") for moment in done.moments),
+            "replica_hours_per_1000_good": 1000 * done.replica_hours / max(1.0, done.figures.goodput_per_s * end_s),
+            "changes": sum(before.num_wanted != after.num_wanted for before, after in pairwise(done.moments)),
+            "series": drawn.series(done, slo, end_s=end_s, begin_hour=arguments.begin_hour),
         }
         rows.append(row)
         report(benchmark="simulator", what="day", **row)
-    _table(rows)
-    _page(arguments.page, "A day", drawn.day(runs, slo, end_s=end_s, begin_hour=arguments.begin_hour))
+    _table([{key: value for key, value in row.items() if key != "series"} for row in rows])
+    if rows:
+        _page(arguments.page, "A day", drawn.day(rows))
+
+
+def _plans(arguments: argparse.Namespace) -> dict[str, FleetOptions]:
+    """The fleets that are compared: scaled by the rule, and fixed ones."""
+    base = FleetOptions(
+        device=arguments.device,
+        num_replicas=arguments.initial,
+        num_gateways=arguments.gateways,
+        load_s=arguments.load_time,
+    )
+    scaling = AutoscalingOptions(
+        max_replicas=arguments.most, initial_replicas=arguments.initial, target_wait_s=arguments.target_wait
+    )
+    plans = {} if arguments.earlier else {"autoscaling": dataclasses.replace(base, autoscaling=scaling)}
+    return plans | {f"{num} fixed": dataclasses.replace(base, num_replicas=num) for num in arguments.fixed}
 
 
 def _requests(arguments: argparse.Namespace, end_s: float) -> Iterator[Visit]:
     if arguments.trace:
         return recorded(read_trace("azure", Path(arguments.trace)), arguments.speed)
     begin_s = arguments.begin_hour * 3600.0
-    return day(arguments.peak, Lengths(), seed=arguments.seed, begin_s=begin_s, end_s=begin_s + end_s)
+    lengths = Lengths(
+        prompt_median=arguments.prompt, output_median=arguments.output, most_prompt=16_384, most_output=4096
+    )
+    return day(arguments.peak, lengths, seed=arguments.seed, begin_s=begin_s, end_s=begin_s + end_s)
 
 
-def _earlier(path: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Rows of `scale` that an earlier command has written to a file."""
+def _earlier(path: str | None, what: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows that an earlier command has written to a file, by what is said of their gateways."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in Path(path).read_text().splitlines() if path else ():
         row = json.loads(line)
-        if row.pop("what") == "scale":
+        if row.pop("what") == what:
             del row["benchmark"]
-            rows.setdefault(row.pop("gateways_are"), []).append(row)
+            rows.setdefault(row.pop("gateways_are", ""), []).append(row)
     return rows
 
 
@@ -233,19 +240,28 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--seconds", type=float, default=20.0)
     three.add_argument("--replicas-per-gateway", type=float, default=8.0)
     three.add_argument("--most-for-one", type=int, default=300, help="replicas behind a single gateway")
+    three.add_argument(
+        "--most-ranked", type=int, default=300, help="replicas that are all ranked: 5 ms a request at 1000"
+    )
     three.add_argument("--ranked", type=int, default=32, help="replicas ranked, in the runs where not all are")
-    three.add_argument("--earlier", help="lines that --out has written: drawn and printed too")
+    three.add_argument("--earlier", help=EARLIER)
     three.set_defaults(run=scale)
 
     four = commands.add_parser("day", parents=[shared])
-    four.add_argument("--peak", type=float, default=18.0, help="requests a second in the busiest hour")
+    four.add_argument("--peak", type=float, default=5.0, help="requests a second in the busiest hour")
     four.add_argument("--trace", help="a file in the shape of Azure's LLM inference traces, instead")
     four.add_argument("--speed", type=float, default=1.0, help="of the trace")
     four.add_argument("--hours", type=float, default=DAY_S / 3600)
     four.add_argument("--begin-hour", type=float, default=0.0)
-    four.add_argument("--initial", type=int, default=4)
+    four.add_argument("--initial", type=int, default=2)
     four.add_argument("--most", type=int, default=64)
-    four.add_argument("--fixed", type=_sizes, default=[10], help="fixed fleets to compare with")
+    four.add_argument("--fixed", type=_sizes, default=[8], help="fixed fleets to compare with")
+    four.add_argument("--earlier", help=EARLIER + "; only the fixed fleets are run")
+    four.add_argument("--prompt", type=float, default=4000.0, help="median tokens")
+    four.add_argument("--output", type=float, default=300.0, help="median tokens")
+    four.add_argument("--slo-ttft", type=float, default=6.0, help="seconds")
+    four.add_argument("--slo-tpot", type=float, default=0.1, help="seconds")
+    four.add_argument("--target-wait", type=float, default=2.0, help="of the autoscaling rule, seconds")
     four.add_argument("--gateways", type=int, default=2)
     four.add_argument("--load-time", type=float, default=60.0, help="seconds until a new replica serves")
     four.set_defaults(run=day_run)

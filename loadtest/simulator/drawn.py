@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loadtest.page.chart import Chart, Line, Mark
+from loadtest.page.chart import Chart, Line, Mark, Point
 from loadtest.simulator.figures import Slo, quantile
 from loadtest.simulator.runs import Run
 from loadtest.simulator.visit import Visit
@@ -64,56 +64,53 @@ def scale(rows: dict[str, Rows], slo: Slo) -> list[str]:
     return charts
 
 
-def day(runs: dict[str, Run], slo: Slo, *, end_s: float, begin_hour: float) -> list[str]:
-    """Requests, replicas and what clients saw over the hours."""
-    first = next(iter(runs.values()))
+def series(run: Run, slo: Slo, *, end_s: float, begin_hour: float) -> dict[str, list[tuple[float, float]]]:
+    """A run over its hours: (hour, value) of what is drawn."""
+    bins: dict[int, list[Visit]] = {}
+    for visit in run.visits:
+        if visit.arrived_s < end_s:
+            bins.setdefault(int(visit.arrived_s / BIN_S), []).append(visit)
+    requests, attained, ttft = list[Point](), list[Point](), list[Point]()
+    for number, visits in sorted(bins.items()):
+        at = round(begin_hour + (number + 0.5) * BIN_S / 3600, 3)
+        requests.append((at, round(len(visits) / BIN_S, 3)))
+        attained.append((at, round(sum(map(slo.holds, visits)) / len(visits), 4)))
+        waits = sorted(visit.ttft_s for visit in visits if visit.first_s is not None)
+        ttft.append((at, round(quantile(waits, 0.99), 3)))
+    return {"requests": requests, "ready": _stairs(run, end_s, begin_hour), "attained": attained, "ttft_p99": ttft}
+
+
+def _stairs(run: Run, end_s: float, begin_hour: float) -> list[Point]:
+    """Replicas that serve: a number stays what it is until it changes. Nothing for a fleet that nobody scales."""
+    stairs = list[Point]()
+    for moment in run.moments:
+        at, num = round(begin_hour + min(moment.at_s, end_s) / 3600, 4), float(moment.num_ready)
+        if stairs and stairs[-1][1] != num:
+            stairs.append((at, stairs[-1][1]))
+        if not stairs or stairs[-1][1] != num or moment is run.moments[-1]:
+            stairs.append((at, num))
+    return stairs
+
+
+def day(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Requests, replicas and what clients saw over the hours; a row with `series` for each fleet."""
 
     def strip(title: str, label: str, lines: Iterable[Line], **more: Any) -> str:
         return Chart(title=title, x_label="hour", y_label=label, lines=[*lines], is_wide=True, **more).svg()
 
-    def hour(at_s: float) -> float:
-        return begin_hour + at_s / 3600
+    def each(name: str) -> list[Line]:
+        return [Line(row["fleet"], row["series"][name], colour=number) for number, row in enumerate(rows)]
 
-    def binned(visits: Iterable[Visit], told: Callable[[list[Visit]], float]) -> list[tuple[float, float]]:
-        bins: dict[int, list[Visit]] = {}
-        for visit in visits:
-            if visit.arrived_s < end_s:
-                bins.setdefault(int(visit.arrived_s / BIN_S), []).append(visit)
-        return [(hour((number + 0.5) * BIN_S), told(bins[number])) for number in sorted(bins)]
-
-    def attained(visits: list[Visit]) -> float:
-        return sum(map(slo.holds, visits)) / len(visits)
-
-    def ttft_p99(visits: list[Visit]) -> float:
-        return quantile(sorted(visit.ttft_s for visit in visits if visit.first_s is not None), 0.99)
-
-    ready = [(hour(moment.at_s), float(moment.num_ready)) for moment in first.moments if moment.at_s <= end_s]
-    fixed = [
-        Line(name, [(hour(0), fleet), (hour(end_s), fleet)], colour=number, is_dashed=True)
-        for number, name in enumerate(runs)
-        if number and (fleet := float(name.split()[0]))
-    ]
+    hours = [point[0] for point in rows[0]["series"]["requests"]]
+    replicas = []
+    for number, row in enumerate(rows):
+        flat = (
+            [(hours[0], float(row["fleet"].split()[0])), (hours[-1], float(row["fleet"].split()[0]))] if number else []
+        )
+        replicas.append(Line(row["fleet"], row["series"]["ready"] or flat, colour=number, is_dashed=bool(flat)))
     return [
-        strip(
-            "Requests", "a second", [Line("", binned(first.visits, lambda visits: len(visits) / BIN_S))], y_is_log=False
-        ),
-        strip("Replicas", "serving", [Line("autoscaling", ready), *fixed], y_is_log=False),
-        strip(
-            "Within SLO",
-            "share",
-            [
-                Line(name, binned(one.visits, attained), colour=number)
-                for number, (name, one) in enumerate(runs.items())
-            ],
-            y_is_log=False,
-            y_top=1.0,
-        ),
-        strip(
-            "TTFT p99",
-            "seconds",
-            [
-                Line(name, binned(one.visits, ttft_p99), colour=number)
-                for number, (name, one) in enumerate(runs.items())
-            ],
-        ),
+        strip("Requests", "a second", [Line("", rows[0]["series"]["requests"])], y_is_log=False),
+        strip("Replicas", "serving", replicas, y_is_log=False),
+        strip("Within SLO", "share", each("attained"), y_is_log=False, y_top=1.0),
+        strip("TTFT p99", "seconds", each("ttft_p99")),
     ]

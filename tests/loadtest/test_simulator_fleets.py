@@ -111,7 +111,11 @@ def test_charts_of_sizes_and_of_a_day_are_whole():
         for name, options in plans.items()
     }
     assert runs["2 fixed"].replica_hours == pytest.approx(2 * end_s / 3600)
-    page = drawn.page("t", [*drawn.scale(rows, Slo()), *drawn.day(runs, Slo(), end_s=end_s, begin_hour=0.0)])
+    told = [
+        {"fleet": name, "series": drawn.series(one, Slo(), end_s=end_s, begin_hour=0.0)} for name, one in runs.items()
+    ]
+    assert told[0]["series"]["ready"][0][1] == 1.0 and not told[1]["series"]["ready"]
+    page = drawn.page("t", [*drawn.scale(rows, Slo()), *drawn.day(told)])
     found = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(found) == 5 + 4
     for svg in found:
