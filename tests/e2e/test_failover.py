@@ -29,7 +29,7 @@ def server(tmp_path_factory):
     """Two replicas that let streams run for half a second when they are told to end."""
     folder = tiny_folder(tmp_path_factory.mktemp("m"), "qwen3", num_hidden_layers=16, max_position_embeddings=4096)
     options = ("--no-ray", "--num-replicas", "2", "--threads", "1", "--served-model-name", "tiny", "--dtype", "float32")
-    options = (*options, "--drain-timeout-s", "0.5")
+    options = (*options, "--drain-timeout-s", "0.5", "--canary-period-s", "0.2")
     with serving(str(folder), *options) as running:
         yield running
 
@@ -86,6 +86,14 @@ def answers(clients: list[Client]) -> list[Any]:
         client.join(timeout=90)
         assert not client.is_alive()
     return [client.answer() for client in clients]
+
+
+def test_idle_replicas_prove_themselves_and_nobody_sees_it(server):
+    """First here, for nothing has been asked yet."""
+    eventually(lambda: server.metric("tandem_canary_seconds_count") >= 4, within_s=60)
+    for name in ("jobs", "prefix_cache_queries_tokens", "output_tokens"):
+        assert server.metric(f"tandem_{name}_total") == 0
+    assert server.metric("tandem_step_seconds_count") == server.metric("tandem_kv_cache_usage_ratio") == 0
 
 
 def test_killed_replica_costs_a_pause_and_no_token(server):

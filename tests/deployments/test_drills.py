@@ -1,0 +1,64 @@
+"""Parts of a running application die, come, go and are replaced under twenty streaming clients, who notice a pause.
+
+The tests share one cluster and follow each other; each leaves it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from clusters import drilled
+
+from loadtest import drills
+from loadtest.drills import NUM_CLIENTS, Outcome, Site
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[Site]:
+    with drilled(tmp_path_factory.mktemp("models"), num_tokens=200) as site:
+        yield site
+
+
+def nobody_noticed(outcome: Outcome) -> bool:
+    """Nothing but a pause: every client read to the end what it would have read, and every new request was answered."""
+    assert (outcome.errors, outcome.probe_errors, outcome.left_behind) == ([], [], [])
+    return outcome.num_same == NUM_CLIENTS and outcome.num_probes > 0
+
+
+def test_killed_replica_costs_a_pause(site):
+    assert nobody_noticed(outcome := drills.run(site, drills.kill_replica))
+    assert outcome.num_moves
+
+
+def test_replicas_come_and_go_unnoticed_though_streams_outlast_the_drain(site):
+    assert nobody_noticed(drills.run(site, drills.scale_up))
+    assert nobody_noticed(drills.run(site, drills.scale_down))
+
+
+def test_killed_gateway_costs_its_own_connections_and_their_jobs_are_freed(site):
+    outcome = drills.run(site, drills.kill_gateway)
+    assert len(outcome.errors) + outcome.num_same == NUM_CLIENTS and outcome.errors
+    assert outcome.left_behind == []
+
+
+def test_every_process_is_replaced_and_streams_go_on_at_the_new_ones(site):
+    assert nobody_noticed(drills.run(site, drills.redeploy))
+
+
+def test_other_weights_and_ranks_are_rolled_out_and_ranks_die_and_hang(site):
+    """Streams of the old model end on it; then each fault of a rank costs a pause."""
+    with drills.updated(site, tensor_parallel_size=2, step_timeout_s=drills.RANK_PATIENCE_S) as update:
+        assert nobody_noticed(drills.run(site, update))
+        before = site.expected
+        site.learn()
+        assert site.expected != before
+        assert nobody_noticed(drills.run(site, drills.kill_rank))
+        assert nobody_noticed(drills.run(site, drills.hang_rank))
+
+
+def test_killed_node_costs_a_pause(site):
+    """Last, for Serve's controller may stand still for a minute afterwards."""
+    assert nobody_noticed(drills.run(site, drills.kill_node))
