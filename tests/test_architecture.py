@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 THIRD_PARTY_RULES = {
     # package: the only places that may import it
-    "ray": ("serve/deployments/", "loadtest/ray_baseline.py"),
+    "ray": ("serve/deployments/", "loadtest/ray_baseline.py", "loadtest/cluster.py"),
     "fastapi": ("serve/gateway/",),
     "starlette": ("serve/gateway/", "loadtest/ray_baseline.py"),
     "uvicorn": ("serve/gateway/",),

@@ -85,8 +85,8 @@ class GatewayServer:
         """Leave the port to others, who share it: finish what runs, and see that clients connect anew.
 
         What comes on connections that are open is still answered, so that nobody is refused between the two."""
-        assert self._acceptor is not None
-        self._acceptor.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         self._retire_connections(spare_new=True)
         await asyncio.sleep(min(NEWCOMERS_S, timeout_s))
         self._retire_connections()
@@ -96,8 +96,7 @@ class GatewayServer:
         """Close those that wait for a request, and the others after their answer. `spare_new`: a client that has just
         connected may be sending its first request."""
         for connection in list(self._state.connections):
-            assert isinstance(connection, LimitedProtocol)
-            if not (spare_new and connection.cycle is None):
+            if isinstance(connection, LimitedProtocol) and not (spare_new and connection.cycle is None):
                 connection.shutdown()
 
     async def aclose(self) -> None:
