@@ -4,7 +4,7 @@
     proxy    client ── Serve's HTTP proxy ── ingress replica ── handle ── engine replica, as `ray.serve.llm` is built
 
 Started as a process of its own (`--model FOLDER`); says where the proxy listens, then answers a line `STREAMS REQUESTS`
-on standard input with a round over the handle. The only file outside `serve/deployments` that knows Ray.
+on standard input with a round over the handle.
 """
 
 from __future__ import annotations

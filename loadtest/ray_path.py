@@ -1,6 +1,6 @@
 """What Ray costs a request: `tandem serve` with Ray and without, beside Ray Serve's own streaming, in turns.
 
-    python -m loadtest.ray_path [--streams 1,32,128] [--turns 5] [--other NAME=URL ...]
+    python -m loadtest.ray_path [--streams 1,32,128] [--turns 5] [--baseline-turns 2] [--other NAME=URL ...]
 
 Starts all servers on one tiny model with random weights and loads one after the other, again and again, so that what
 else the machine does falls on all alike; figures are medians over the turns. CPU is that of the server and all below
@@ -47,6 +47,8 @@ TIMES = {
 PUSHED_S = 5.0
 """Within which every process has pushed its counts to the hub; it does so each second."""
 IDLE_S = 5.0
+LEAST = 30
+"""Requests of a round."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Target:
     process: Started | None = None
     url: str = ""
     has_metrics: bool = False
+    is_baseline: bool = False
     is_handle: bool = False
     rows: list[dict[str, float]] = field(default_factory=list)
 
@@ -142,9 +145,9 @@ def _targets(folder: Path, others: list[str]) -> Iterator[list[Target]]:
         yield [
             Target("tandem --no-ray", direct, direct.url, has_metrics=True),
             Target("tandem on Ray", on_ray, on_ray.url, has_metrics=True),
-            Target("Serve handle", own, is_handle=True),
-            Target("Serve proxy", own, own.url),
-            *(Target(name, None, url) for name, _, url in (other.partition("=") for other in others)),
+            Target("Serve handle", own, is_handle=True, is_baseline=True),
+            Target("Serve proxy", own, own.url, is_baseline=True),
+            *(Target(name, None, url, is_baseline=True) for name, _, url in (other.partition("=") for other in others)),
         ]
 
 
@@ -158,9 +161,10 @@ async def _run(arguments: argparse.Namespace, targets: list[Target], report: Rep
         assert target.process is not None
         report(kind="idle", target=target.name, cores=(target.process.cpu_s() - before) / IDLE_S)
     for turn in range(arguments.turns):
+        now = [target for target in targets if turn < arguments.baseline_turns or not target.is_baseline]
         for num_streams in arguments.streams:
-            num_requests = max(40, num_streams * arguments.requests_per_stream)
-            for target in targets if turn % 2 == 0 else reversed(targets):
+            num_requests = max(LEAST, num_streams * arguments.requests_per_stream)
+            for target in now if turn % 2 == 0 else reversed(now):
                 row = await _watched(target, num_streams, num_requests)
                 target.rows.append(row)
                 report(kind="round", target=target.name, turn=turn, **row)
@@ -199,7 +203,7 @@ def table(targets: list[Target], streams: list[int]) -> str:
         for target in targets:
             rows = [row for row in target.rows if row["num_streams"] == num_streams]
             first = first or rows
-            pairs = list(zip(rows, first, strict=True))
+            pairs = list(zip(rows, first))
             ratio = median(row["tokens_per_s"] / base["tokens_per_s"] for row, base in pairs)
             later = median(row["ttft_p50_ms"] - base["ttft_p50_ms"] for row, base in pairs)
             cells = [_shown(rows, column) for column in columns]
@@ -221,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.ray_path", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=lambda text: [int(word) for word in text.split(",")], default=[1, 32, 128])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--baseline-turns", type=int, default=2, help="turns that Serve's own and others take part in")
     parser.add_argument("--requests-per-stream", type=int, default=4)
     parser.add_argument("--other", action="append", default=[], metavar="NAME=URL", help="serves the model as 'tiny'")
     parser.add_argument("--model-folder", help="write the tiny model here and keep it, for a server of --other")
