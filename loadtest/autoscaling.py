@@ -18,11 +18,12 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loadtest.client import HttpError, Server
@@ -178,7 +179,7 @@ def page(timeline: Timeline, phases: list[tuple[float, float]], words: str) -> s
     """A self-contained page: replicas, requests and waits over the same seconds."""
     end = max(sample["at"] for sample in timeline.samples)
     steps = [sum(duration for duration, _ in phases[:number]) for number in range(1, len(phases))]
-    marks = [Mark(at, f"{rate:g}/s") for at, (_, rate) in zip(steps, phases[1:])]
+    marks = [Mark(0.0, ""), *(Mark(at, f"{rate:g}/s") for at, (_, rate) in zip(steps, phases[1:])), Mark(end, "")]
     ticks = [number * SAMPLE_S for number in range(int(end / SAMPLE_S) + 1)]
     refusals = sorted(at for one in timeline.requests for at, _ in one.refusals)
     shared: dict[str, Any] = {"x_label": "seconds", "x_marks": marks, "is_wide": True, "y_is_log": False}
@@ -186,7 +187,6 @@ def page(timeline: Timeline, phases: list[tuple[float, float]], words: str) -> s
     def sampled(name: str) -> list[tuple[float, float]]:
         return [(sample["at"], sample[name]) for sample in timeline.samples]
 
-    waits = [(one.began, one.ttft_s) for one in timeline.requests if one.first is not None]
     charts = [
         Chart(
             title="Replicas",
@@ -207,9 +207,10 @@ def page(timeline: Timeline, phases: list[tuple[float, float]], words: str) -> s
             **shared,
         ),
         Chart(
-            title="Time to the first token, by arrival",
+            title="Time to the first token, of the arrivals of a second",
             y_label="seconds",
-            lines=[Line("with the time until a refused client came again", sorted(waits), 2, has_dots=True)],
+            lines=[Line("longest", _by_second(timeline, max), 1), Line("median", _by_second(timeline, median))],
+            note="A client that was refused counts from its first try on.",
             **shared,
         ),
     ]
@@ -219,6 +220,14 @@ def page(timeline: Timeline, phases: list[tuple[float, float]], words: str) -> s
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Autoscaling</title><style>{style}</style>'
         f'<main><h1>Replicas under a step of load</h1><p>{words}</p><div class="charts">{drawn}</div></main></html>'
     )
+
+
+def _by_second(timeline: Timeline, choose: Callable[[list[float]], float]) -> list[tuple[float, float]]:
+    waits: dict[int, list[float]] = {}
+    for one in timeline.requests:
+        if one.first is not None:
+            waits.setdefault(int(one.began), []).append(one.ttft_s)
+    return [(second + 0.5, choose(waits[second])) for second in sorted(waits)]
 
 
 def _stairs(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

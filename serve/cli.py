@@ -62,6 +62,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     configure_logging()
     if arguments.no_ray and arguments.ray_address:
         raise ConfigError("--no-ray and --ray-address exclude each other; give one of them")
+    elastic = next((model.name for model in options.models if model.autoscaling_config is not None), None)
+    if arguments.no_ray and elastic is not None:
+        raise ConfigError(
+            f"autoscaling_config of {elastic!r} needs Ray Serve, which starts and stops its replicas; leave out "
+            f"--no-ray, or give num_replicas instead"
+        )
     asyncio.run(_run(options, arguments))
 
 
@@ -148,11 +154,16 @@ def _check(arguments: argparse.Namespace) -> None:
             check_model(model)
     print(f"{arguments.file}: valid, {len(options.models)} models")
     for model in options.models:
-        print(f"  {model.name}: {model.model}, {model.num_replicas} replicas" + _told_ranks(model))
+        print(f"  {model.name}: {model.model}, {_told_number(model)} replicas" + _told_ranks(model))
         try:
             check_machine(model)
         except ConfigError as error:  # the file may be meant for another one
             print(f"    not on this machine: {error.message}")
+
+
+def _told_number(model: ModelOptions) -> str:
+    scaling = model.autoscaling_config
+    return str(model.num_replicas) if scaling is None else f"{scaling.min_replicas} to {scaling.max_replicas}"
 
 
 def _told_ranks(model: ModelOptions) -> str:

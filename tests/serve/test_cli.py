@@ -25,6 +25,9 @@ from serve.request import ImageLimits, RankCard
         (["--dtype", "float16", "--config", "file.yaml"], "'--dtype' and --config exclude each other"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["m", "--no-ray", "--ray-address", "auto"], "--no-ray and --ray-address exclude each other"),
+        (["m", "--no-ray", "--autoscaling-config", '{"max_replicas": 2}'], "autoscaling_config of 'm' needs Ray Serve"),
+        (["m", "--num-replicas", "2", "--autoscaling-config", "{}"], "--num-replicas is 2, but autoscaling_config"),
+        (["m", "--autoscaling-config", '{"min_replicas": 3}'], "min_replicas is 3, above max_replicas (1)"),
     ],
 )
 def test_wrong_options_end_in_one_line(arguments, expected):
