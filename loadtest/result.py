@@ -20,7 +20,8 @@ from loadtest.measure.slo import Slo
 from loadtest.measure.verdict import Verdict
 
 GROUPS = ("text", "image", "probe")
-SECRET = ("api_key", "header")
+UNTOLD = ("api_key", "header", "result_dir", "result_filename", "save_result", "save_detailed", "progress")
+"""Flags that are secret, or say nothing about the load."""
 
 
 def assemble(
@@ -58,7 +59,11 @@ def assemble(
         "queue_share": _queue_share(run, queue_s),
         "client": {**client_figures(run.outcomes), "cores": run.client_cores, "other_cores": run.other_cores},
         "timeline": timeline(run.outcomes, run.duration_s),
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+        },
         "config": _config(args),
     }
     if args.save_detailed:
@@ -150,9 +155,7 @@ def _queue_share(run: Run, queue_s: dict[str, float]) -> float | None:
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        name: _finite(value) for name, value in vars(args).items() if name not in SECRET and not name.startswith("_")
-    }
+    return {name: _finite(value) for name, value in vars(args).items() if name not in UNTOLD}
 
 
 def _finite(value: Any) -> Any:

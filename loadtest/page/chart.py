@@ -124,7 +124,8 @@ class Chart:
             if mark.value <= y.high:
                 at = y(mark.value)
                 drawn.append(f'<line class="rule" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-                drawn.append(f'<text class="mark" x="{LEFT + 6}" y="{at - 5:.1f}">{escape(mark.text)}</text>')
+                beside = at - 5 if at - TOP > 20 else at + 14
+                drawn.append(f'<text class="mark" x="{LEFT + 6}" y="{beside:.1f}">{escape(mark.text)}</text>')
         return drawn
 
 

@@ -42,7 +42,7 @@ def render(results: Sequence[Result]) -> str:
         body.append(_tiles(results[0]))
     else:
         body.append(_comparison(results))
-    body.append(_section("Against the rate", "Every point is a run of its own with arrivals at that rate.",
+    body.append(_section("Against the rate", "Every point is a run of its own with arrivals at that rate; latencies only of runs that were not cut short.",
                          [*plots.against_rate(results), *plots.throughput_against_latency(results)]))  # fmt: skip
     body.append(
         _section(

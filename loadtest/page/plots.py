@@ -139,7 +139,7 @@ def _good_share(series: Series, found: Sequence[Mark], results: Sequence[Result]
     wanted = [Mark(100 * share, f"{share:.0%} wanted")] if share else []
     return Chart(
         title="Good requests", x_label=RATE, y_label="% within every limit", lines=lines, y_top=104.0, y_is_log=False,
-        x_marks=found, y_marks=wanted, note="a trial ends early once it has clearly failed",
+        x_marks=found, y_marks=wanted, note="a trial that has clearly failed is cut short",
     )  # fmt: skip
 
 
@@ -159,6 +159,8 @@ def _rate(one: Result) -> float:
 def _points(runs: Sequence[Result], metric: str, x: str, y: str) -> list[Point]:
     found = []
     for run in runs:
+        if run.get("unfinished"):  # cut short: what it has are the requests that were quick
+            continue
         own = run["groups"].get(GROUP.get(metric, "text"), {})
         across = _rate(run) if x == "rate" else own.get(x)
         if own.get(y) is not None and across:
