@@ -42,13 +42,11 @@ def render(results: Sequence[Result]) -> str:
         body.append(_tiles(results[0]))
     else:
         body.append(_comparison(results))
-    body.append(_section("Against the rate", "Every point is a run of its own with arrivals at that rate; latencies only of runs that were not cut short.",
-                         [*plots.against_rate(results), *plots.throughput_against_latency(results)]))  # fmt: skip
-    body.append(
-        _section(
-            "Distributions", "How many took no longer. The end of a curve is the slowest.", plots.distributions(results)
-        )
-    )
+    note = "A point is a run with arrivals at that rate; latencies only of runs that were not cut short."
+    charts = [*plots.against_rate(results), *plots.throughput_against_latency(results)]
+    body.append(_section("Against the rate", note, charts))
+    note = "How many took no longer. The end of a curve is the slowest."
+    body.append(_section("Distributions", note, plots.distributions(results)))
     for result, name in zip(results, plots.named(results)):
         title = "Timeline" if len(results) == 1 else f"Timeline of {name}"
         body.append(_section(title, "", plots.timelines(result)))
