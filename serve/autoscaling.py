@@ -23,7 +23,7 @@ n replicas are enough for the wait only if, as in a queue at utilization u = W /
 
     wait now x (ready - W) / (n - W)
 
-stays in the target. While replicas come up or say nothing, there is no step down. To zero only from one, after
+stays in the target. While a replica that is up says nothing, there is no step down. To zero only from one, after
 `downscale_to_zero_delay_s` with no work at all.
 """
 
@@ -99,7 +99,7 @@ class Autoscaler:
         if needed > num_target:
             return self._up(needed, reason, num_target, now)
         self._short_since = None
-        if num_ready == num_target == len(signals) and not num_held:
+        if num_ready and num_ready == len(signals) and not num_held:
             return self._down(signals, num_target, now)
         self._ample_since = None
         return Decision(num_target, "steady")
@@ -136,7 +136,7 @@ class Autoscaler:
         return Decision(needed, reason)
 
     def _down(self, signals: Sequence[Signals], num_target: int, now: float) -> Decision:
-        """A number that is asked for and complete, with everybody's signals."""
+        """With the signals of all that are up. Those that are still to come, or never do, count only as asked for."""
         enough = max(self._enough(signals), self._options.min_replicas)
         if enough >= num_target:
             self._ample_since = None

@@ -112,12 +112,21 @@ def test_a_single_busy_moment_starts_the_wait_for_fewer_anew():
 
 
 @pytest.mark.parametrize("known", [0, 2])
-def test_nothing_goes_down_while_replicas_come_up_or_say_nothing(known):
+def test_nothing_goes_down_while_a_replica_says_nothing(known):
     scaler = Autoscaler(options(min_replicas=0, downscale_delay_s=1.0))
     for now in (0.0, 10.0, 100.0):
-        assert (
-            decide([Signals()] * known, num_target=3, num_ready=max(known, 1), scaler=scaler, now=now).num_replicas == 3
-        )
+        assert decide([Signals()] * known, num_target=3, num_ready=3, scaler=scaler, now=now).num_replicas == 3
+
+
+def test_replicas_that_never_come_up_are_given_up_once_they_are_not_needed():
+    scaler, busy, calm = (
+        Autoscaler(options(downscale_delay_s=10.0)),
+        [Signals(work=1.4, jobs=5)],
+        [Signals(work=0.4, jobs=1)],
+    )
+    for signals, now in ((busy, 0.0), (busy, 100.0), (calm, 200.0), (calm, 209.0)):
+        assert decide(signals, num_target=2, num_ready=1, scaler=scaler, now=now).num_replicas == 2
+    assert decide(calm, num_target=2, num_ready=1, scaler=scaler, now=210.0).num_replicas == 1
 
 
 def test_zero_is_reached_from_one_with_no_work_at_all():
