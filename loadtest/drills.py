@@ -137,6 +137,12 @@ def kill_gateway(site: Site) -> None:
     _end(site, site.cluster.processes("ServeReplica:tandem:gateway"))
 
 
+def kill_controller(site: Site) -> None:
+    """SIGKILL for Serve's controller, which Ray starts again; replicas and gateways must not mind."""
+    _end(site, site.cluster.processes("ServeController"))
+    eventually(lambda: site.cluster.processes("ServeController"), "the controller is back")
+
+
 def kill_node(site: Site) -> None:
     """SIGKILL for the raylet of a node that holds replicas and not the gateway."""
     node = next(
@@ -253,7 +259,7 @@ def started(model: dict[str, Any], num_tokens: int) -> Iterator[Site]:
 
 
 FAULTS: dict[str, Fault] = {
-    fault.__name__: fault for fault in (kill_replica, scale_up, scale_down, kill_gateway, redeploy)
+    fault.__name__: fault for fault in (kill_replica, kill_controller, scale_up, scale_down, kill_gateway, redeploy)
 }
 RANK_FAULTS: dict[str, Fault] = {fault.__name__: fault for fault in (kill_rank, hang_rank)}
 
@@ -263,13 +269,14 @@ LAST = "kill_node"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "faults", nargs="*", metavar="FAULT", help=f"of {', '.join([*FAULTS, 'update', *RANK_FAULTS, LAST])}"
-    )
+    known = [*FAULTS, "update", *RANK_FAULTS, LAST]
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--model", default="tandem-text", help="a folder or an embedded model")
     parser.add_argument("--num-tokens", type=int, default=400, metavar="N", help="of every stream (default 400)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args()
+    if unknown := set(options.faults) - set(known):
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     from models.source import resolve
 
     wanted = options.faults or known
