@@ -18,6 +18,7 @@ from serve.gateway.text_endpoint import CHAT, COMPLETIONS, TextEndpoint
 from serve.gateway.tool_use import need_tools_shown
 from serve.gateway.wire import encode_json
 from serve.request import ModelCard
+from serve.text.tokenizer import Tokenizer
 
 LONG_TOKENS = 4096
 
@@ -81,9 +82,9 @@ def api_routes(service: Service) -> APIRouter:
             if body.tools:
                 need_tools_shown(card, tokenizer)
             ids = await encode_chat(body, tokenizer, body.tools)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids}
-        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
-        return _json(answer)
+        if len(ids) <= LONG_TOKENS:
+            return _tokenized(ids, card, tokenizer, has_strs=bool(body.return_token_strs))
+        return await asyncio.to_thread(_tokenized, ids, card, tokenizer, has_strs=bool(body.return_token_strs))
 
     @router.post("/detokenize", tags=["tokens"], summary="Token ids to text", openapi_extra=_body("DetokenizeRequest"))
     async def detokenize(http: Request) -> Response:
@@ -91,6 +92,9 @@ def api_routes(service: Service) -> APIRouter:
         card = service.pool.models.find(body.model, "text")
         context.of(http.scope).model = card.name
         tokenizer = service.pool.models.tokenizer(card.name)
+        if len(body.tokens) > card.max_model_len:
+            limit = f"{card.name} has {card.max_model_len} positions"
+            raise InvalidRequest(f"tokens has {len(body.tokens)} entries; {limit}", param="tokens")
         if body.tokens and max(body.tokens) >= card.vocab_size:
             raise InvalidRequest(f"tokens holds {max(body.tokens)}; {card.name} has {card.vocab_size}", param="tokens")
         if len(body.tokens) <= LONG_TOKENS:
@@ -99,6 +103,12 @@ def api_routes(service: Service) -> APIRouter:
         return _json({"prompt": text})
 
     return router
+
+
+def _tokenized(ids: list[int], card: ModelCard, tokenizer: Tokenizer, *, has_strs: bool) -> Response:
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids}
+    answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids] if has_strs else None
+    return _json(answer)
 
 
 def _json(value: Any) -> Response:

@@ -10,8 +10,10 @@ All methods may be called from any thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,6 +40,10 @@ FILES = (
     "config.json",
 )
 _MORE_TEMPLATES = "additional_chat_templates"
+LONG_CHARS = 1 << 16
+LONG_AT_ONCE = 2
+"""Texts beyond LONG_CHARS are encoded so many at a time: `tokenizers` takes some 250 bytes a token while it works, and
+bodies of four megabytes were seen to take a gateway to a gigabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class Tokenizer:
         self._secret = "".join(secrets.choice("0123456789") for _ in range(32))
         """Precedes the control tokens' names; digits pass every normaliser and decoder unchanged."""
         self._tokenizer = _build(tokenizer_file.seal(spec, self._template.control_tokens, self._rename))
+        self._turns = threading.BoundedSemaphore(LONG_AT_ONCE)
         self._spelling = Spelling(self._tokenizer, spec.get("decoder"), hidden=self._secret)
         added_tokens = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
@@ -99,7 +106,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a user's text. `add_special_tokens` adds what the model's post-processor puts around a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._ids(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As transformers decodes. An id that is no token has no text."""
@@ -120,8 +127,7 @@ class Tokenizer:
         """
         render = partial(self._template.render, messages, tools=tools, template_kwargs=template_kwargs)
         text = render(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        text = self._template.own_tokens(text, self._rename)
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(self._template.own_tokens(text, self._rename), add_special_tokens=False)
 
     def encode_controls(self, text: str) -> list[int]:
         """The ids of a text of the server's own, in which control tokens are meant."""
@@ -163,6 +169,10 @@ class Tokenizer:
     def detokenizer(self, *, skip_special_tokens: bool = True, shown: Mapping[int, str] | None = None) -> Detokenizer:
         """The text of one stream of ids, as it arrives. `shown`: tokens that are never skipped, and their text."""
         return Detokenizer(self._spelling, skip=self._special_ids if skip_special_tokens else (), shown=shown or {})
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with contextlib.nullcontext() if len(text) <= LONG_CHARS else self._turns:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _rename(self, control_token: str) -> str:
         return self._secret + control_token

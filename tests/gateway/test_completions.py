@@ -219,3 +219,14 @@ def test_detokenize_refuses_ids_outside_the_vocabulary():
     assert post("/detokenize", {"tokens": [10_000]}).status == 400
     assert post("/detokenize", {"tokens": [-1]}).status == 400
     assert post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_detokenize_refuses_more_tokens_than_the_model_has_positions():
+    assert post("/detokenize", {"tokens": [1] * 256}).status == 200
+    refused = post("/detokenize", {"tokens": [1] * 257})
+    assert refused.status == 400 and "257 entries; tiny has 256 positions" in refused.json()["error"]["message"]
+
+
+def test_long_texts_are_tokenized_beside_the_event_loop():
+    answer = post("/tokenize", {"prompt": "a " * 5000, "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) > 4096

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_tokenizers import KINDS, TEXT, tokenizer_folder
 from transformers import AutoTokenizer
 
 from serve.errors import ConfigError
-from serve.text.tokenizer import Tokenizer, TokenizerBundle
+from serve.text.tokenizer import LONG_AT_ONCE, LONG_CHARS, Tokenizer, TokenizerBundle
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[CLS]", "[UNK]", "<unk>", "<eos>", "<|eot_id|>", "<|end|>")
 
@@ -148,3 +149,29 @@ def test_threads_share_a_tokenizer(tmp_path):
     expected = [tokenizer.encode_chat(chat) for chat in messages]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(tokenizer.encode_chat, messages * 4)) == expected * 4
+
+
+def test_long_texts_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
+    """What a text costs while it is encoded is many times its size, so a burst of long ones must not add up."""
+    tokenizer = load(tokenizer_folder(tmp_path, "qwen"))
+    real, lock, full = tokenizer._tokenizer, threading.Lock(), threading.Event()
+    running, most = 0, 0
+
+    class Counted:
+        def encode(self, text: str, **options: Any) -> Any:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+                if running == LONG_AT_ONCE:
+                    full.set()
+            assert full.wait(30)
+            encoded = real.encode(text[:10], **options)
+            with lock:
+                running -= 1
+            return encoded
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Counted())
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(tokenizer.encode, ["a" * (LONG_CHARS + 1)] * 8))
+    assert most == LONG_AT_ONCE
