@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from serve.kubernetes.kustomize import identity
+from serve.kubernetes.metric_names import unknown_metrics
 from serve.kubernetes.overlay import Overlay, Pod, matches
 
 Said = Iterator[tuple[str, str]]
@@ -124,8 +125,6 @@ def replicas_have_one_owner(overlay: Overlay) -> Said:
 
 def scalers_ask_for_real_metrics(overlay: Overlay) -> Said:
     """A query of a metric that Tandem does not have is always empty, and scales nothing."""
-    from serve.kubernetes.metric_names import unknown_metrics
-
     for scaler in overlay.of("ScaledObject"):
         for trigger in scaler["spec"].get("triggers", ()):
             for name in unknown_metrics(trigger.get("metadata", {}).get("query", "")):

@@ -14,6 +14,7 @@ from typing import Any
 
 from serve.kubernetes.kustomize import Manifest, identity
 from serve.kubernetes.overlay import Overlay, Pod, matches
+from serve.kubernetes.rules.ray import gpus_of
 
 Said = Iterator[tuple[str, str]]
 Ports = int
@@ -43,9 +44,9 @@ def pods_are_isolated(overlay: Overlay) -> Said:
 
 def needed_connections_pass(overlay: Overlay) -> Said:
     for source, target, ports, reason in _needed(overlay):
-        blocked = ports & ~_between(overlay, source, target)
+        blocked = ports & ~passing(overlay, source, target)
         if blocked:
-            yield target.place, f"no NetworkPolicy lets {source.role} through to port {_told(blocked)} ({reason})"
+            yield target.place, f"no NetworkPolicy lets {source.role} through to port {told(blocked)} ({reason})"
 
 
 def nothing_else_passes(overlay: Overlay) -> Said:
@@ -55,11 +56,11 @@ def nothing_else_passes(overlay: Overlay) -> Said:
         needed[source.place, target.place] = needed.get((source.place, target.place), NONE) | ports
     for source in overlay.pods:
         for target in overlay.pods:
-            surplus = _between(overlay, source, target) & ~needed.get((source.place, target.place), NONE)
+            surplus = passing(overlay, source, target) & ~needed.get((source.place, target.place), NONE)
             if surplus:
                 yield (
                     target.place,
-                    f"a NetworkPolicy lets {source.role} through to port {_told(surplus)}, which nothing needs",
+                    f"a NetworkPolicy lets {source.role} through to port {told(surplus)}, which nothing needs",
                 )
 
 
@@ -73,7 +74,7 @@ def strangers_reach_only_the_gateway(overlay: Overlay) -> Said:
                     if _is_foreign(peer):
                         surplus = ports & ~_open_to(overlay, pod, peer)
                         if surplus:
-                            yield identity(policy), f"lets others in to port {_told(surplus)} of {pod.place}"
+                            yield identity(policy), f"lets others in to port {told(surplus)} of {pod.place}"
 
 
 def clients_reach_the_gateway(overlay: Overlay) -> Said:
@@ -98,9 +99,9 @@ def pods_reach_only_what_they_need(overlay: Overlay) -> Said:
                     elif _is_foreign(peer):
                         reached |= _port_numbers(rule)
         if reached & ~allowed:
-            yield pod.place, f"a NetworkPolicy lets it out to port {_told(reached & ~allowed)} of others"
+            yield pod.place, f"a NetworkPolicy lets it out to port {told(reached & ~allowed)} of others"
         if allowed & ~reached:
-            yield pod.place, f"no NetworkPolicy lets it out to port {_told(allowed & ~reached)}, which it needs"
+            yield pod.place, f"no NetworkPolicy lets it out to port {told(allowed & ~reached)}, which it needs"
         if not has_names:
             yield pod.place, "no NetworkPolicy lets it ask for names (port 53 of kube-system)"
 
@@ -141,8 +142,6 @@ def _channels(overlay: Overlay, ray: dict[str, Pod]) -> Iterator[tuple[Pod, Pod,
 
 def _ranks(overlay: Overlay, ray: dict[str, Pod]) -> Iterator[tuple[Pod, Pod, Ports, str]]:
     """Ranks of one replica in several pods: at whatever ports torch and NCCL take."""
-    from serve.kubernetes.rules.ray import gpus_of
-
     models = ray.get("models")
     if models is None or overlay.options is None or not gpus_of(models):
         return
@@ -152,7 +151,7 @@ def _ranks(overlay: Overlay, ray: dict[str, Pod]) -> Iterator[tuple[Pod, Pod, Po
         yield models, models, _span(first, last), "ranks of one model on several nodes"
 
 
-def _between(overlay: Overlay, source: Pod, target: Pod) -> Ports:
+def passing(overlay: Overlay, source: Pod, target: Pod) -> Ports:
     """The TCP ports of `target` that policies let `source` reach."""
     return _side(overlay, target, source, "Ingress", target) & _side(overlay, source, target, "Egress", target)
 
@@ -227,7 +226,7 @@ def _numbers(params: dict[str, str], *names: str) -> Ports:
     return reduce(or_, (_span(int(params[name])) for name in names if name in params), NONE)
 
 
-def _told(ports: Ports) -> str:
+def told(ports: Ports) -> str:
     """`8076, 10002-10999`."""
     spans: list[list[int]] = []
     for port in (number for number, bit in enumerate(reversed(f"{ports:b}")) if bit == "1"):

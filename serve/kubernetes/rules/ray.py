@@ -82,7 +82,7 @@ def ports_do_not_collide(overlay: Overlay) -> Said:
     """Of one pod: Ray's, Serve's proxy's, the gateway's and the channel's."""
     for pod in overlay.pods:
         taken: dict[int, str] = {}
-        for name, ports in _listening(overlay, pod):
+        for name, ports in listening(overlay, pod):
             for port in ports:
                 if port in taken:
                     yield pod.place, f"port {port} is {name}'s and {taken[port]}'s"
@@ -216,7 +216,7 @@ def _refused(group: dict[str, Any], scales: bool, cluster: dict[str, Any]) -> It
         yield f"group {name}: sets {variable}, which is KubeRay's to set"
 
 
-def _listening(overlay: Overlay, pod: Pod) -> Iterator[tuple[str, range]]:
+def listening(overlay: Overlay, pod: Pod) -> Iterator[tuple[str, range]]:
     params = pod.ray_params
     names = [name for name in params if name.endswith("-port") or name == "port"]
     for name in names:
