@@ -132,7 +132,9 @@ def _strip(title: str, unit: str = "a second", *, lines: Sequence[Line] = (), ba
 
 def _good_share(series: Series, found: Sequence[Mark], results: Sequence[Result]) -> Chart:
     lines = [
-        Line(name or "good", sorted((_rate(one), 100 * one["good_share"]) for one in points), colour, False, True)
+        Line(
+            name or "good", sorted({_rate(one): 100 * one["good_share"] for one in points}.items()), colour, False, True
+        )
         for colour, (name, points) in enumerate(series)
     ]
     share = results[0].get("min_good")
@@ -157,15 +159,15 @@ def _rate(one: Result) -> float:
 
 
 def _points(runs: Sequence[Result], metric: str, x: str, y: str) -> list[Point]:
-    found = []
+    found: dict[float, Point] = {}
     for run in runs:
         if run.get("unfinished"):  # cut short: what it has are the requests that were quick
             continue
         own = run["groups"].get(GROUP.get(metric, "text"), {})
         across = _rate(run) if x == "rate" else own.get(x)
         if own.get(y) is not None and across:
-            found.append((_rate(run), (float(across), float(own[y]))))
-    return [point for _, point in sorted(found)]
+            found[_rate(run)] = (float(across), float(own[y]))  # of two runs at a rate the later, which confirms
+    return [point for _, point in sorted(found.items())]
 
 
 def _slo(results: Sequence[Result], metric: str) -> list[Mark]:
