@@ -29,8 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import psutil
-
 from loadtest.client import Server
 from loadtest.closed_loop import Round, closed_loop
 from loadtest.report import Report
@@ -171,32 +169,22 @@ async def _run(arguments: argparse.Namespace, targets: list[Target], report: Rep
 
 
 async def _watched(target: Target, num_streams: int, num_requests: int) -> dict[str, float]:
-    """A round, and the CPU time it and others took meanwhile."""
-    own, process = psutil.Process(), target.process
-    busy, mine, began = _busy_s(), sum(own.cpu_times()[:2]), time.monotonic()
-    served = process.cpu_s() if process is not None else 0.0
+    """A round, and the CPU time of its server meanwhile."""
+    before = target.process.cpu_s() if target.process is not None else 0.0
     row = await target.round(num_streams, num_requests)
-    served = process.cpu_s() - served if process is not None else 0.0
-    foreign = _busy_s() - busy - (sum(own.cpu_times()[:2]) - mine) - served
-    row["foreign_cores"] = foreign / (time.monotonic() - began)
-    if process is not None:
-        row["cpu_ms_per_1000_tokens"] = 1e6 * served / row["num_tokens"]
+    if target.process is not None:
+        row["cpu_ms_per_1000_tokens"] = 1e6 * (target.process.cpu_s() - before) / row["num_tokens"]
     return row
-
-
-def _busy_s() -> float:
-    times = psutil.cpu_times()
-    return float(times.user + times.system + times.nice + times.softirq)
 
 
 def table(targets: list[Target], streams: list[int]) -> str:
     """Medians over turns, as a page shows them. Ratios and differences are medians over the turns' own."""
     columns = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "hop_client_ms", "hop_replica_ms",
-               "cpu_ms_per_1000_tokens", "foreign_cores")  # fmt: skip
+               "cpu_ms_per_1000_tokens")  # fmt: skip
     lines = [
         "| streams | | tokens/s | to --no-ray | TTFT p50 ms | less --no-ray | TTFT p99 ms | client hop ms "
-        "| replica hop ms | CPU ms / 1000 tokens | foreign cores |",
-        "|" + "---|" * 11,
+        "| replica hop ms | CPU ms / 1000 tokens |",
+        "|" + "---|" * 10,
     ]
     for num_streams in streams:
         first: list[dict[str, float]] = []
