@@ -32,12 +32,12 @@ def scale(rows: dict[str, Rows], slo: Slo) -> list[str]:
 
     def over(title: str, label: str, of: Callable[[dict[str, Any]], float], **more: Any) -> str:
         lines = [
-            Line(name, [(row["replicas"], of(row)) for row in table], colour=number, has_dots=True)
+            Line(name, [(row["replicas"], of(row)) for row in table if row["goodput_per_s"]], number, has_dots=True)
             for number, (name, table) in enumerate(rows.items())
         ]
         return Chart(title=title, x_label="replicas", y_label=label, lines=lines, x_is_log=True, **more).svg()
 
-    kept = f"first token in {slo.ttft_s:g} s, {1e3 * slo.tpot_s:g} ms a token"
+    kept = f"first token in {slo.ttft_s:g} s, {1e3 * slo.tpot_s:g} ms a token; where nothing is good, nothing is drawn"
     charts = [
         over("Goodput", "good requests/s", lambda row: row["goodput_per_s"], y_is_log=True, note=kept),
         over("Attainment", "share within SLO", lambda row: row["attainment"], y_is_log=False, y_top=1.0),
@@ -45,7 +45,7 @@ def scale(rows: dict[str, Rows], slo: Slo) -> list[str]:
         over(
             "Cost",
             "replica hours per 1000 good",
-            lambda row: min(10.0, row["replica_hours_per_1000_good"]),
+            lambda row: row["replica_hours_per_1000_good"],
             y_is_log=True,
         ),
     ]
