@@ -46,12 +46,14 @@ _PHRASES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Limits:
     """What one server's connections share."""
 
     options: GatewayOptions
     refused_connection: Callable[[], None]
+    is_leaving: bool = False
+    """Every connection ends after its next answer."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -71,6 +73,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unread = False
         self._receiving: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     # Connection
 
@@ -134,6 +141,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if b"content-length" in names and b"transfer-encoding" in names:
             self._stop_parsing(InvalidRequest("Content-Length and Transfer-Encoding exclude each other"))
         super().on_headers_complete()
+        if self._limits.is_leaving and self.cycle is not None:
+            self.cycle.keep_alive = False
         limit = self._options.body_timeout_s + BODY_GRACE_S
         self._receiving = self.loop.call_later(limit, self._body_too_slow)
 

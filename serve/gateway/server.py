@@ -22,8 +22,8 @@ from serve.gateway.drain import Drain
 from serve.gateway.protocol import LimitedProtocol, Limits
 from serve.options import GatewayOptions
 
-NEWCOMERS_S = 1.0
-"""For the first request on a connection that was made just before the port was left to others."""
+LEAVING_S = 5.0
+"""For one more request on connections that are open when the port is left to others."""
 LAST_WORDS_S = 2.0
 """For error events to reach clients after a drain ran out."""
 
@@ -87,17 +87,14 @@ class GatewayServer:
         What comes on connections that are open is still answered, so that nobody is refused between the two."""
         if self._acceptor is not None:
             self._acceptor.close()
-        self._retire_connections(spare_new=True)
-        await asyncio.sleep(min(NEWCOMERS_S, timeout_s))
-        self._retire_connections()
-        await self.drain(timeout_s)
-
-    def _retire_connections(self, *, spare_new: bool = False) -> None:
-        """Close those that wait for a request, and the others after their answer. `spare_new`: a client that has just
-        connected may be sending its first request."""
+        self._limits.is_leaving = True
         for connection in list(self._state.connections):
-            if isinstance(connection, LimitedProtocol) and not (spare_new and connection.cycle is None):
-                connection.shutdown()
+            if isinstance(connection, LimitedProtocol) and connection.is_busy:
+                connection.shutdown()  # after its answer; who is idle may be sending the next request just now
+        await asyncio.sleep(min(LEAVING_S, timeout_s))
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        await self.drain(timeout_s)
 
     async def aclose(self) -> None:
         """Close the socket and every connection; what still runs ends with an error."""

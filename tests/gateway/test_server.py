@@ -405,8 +405,8 @@ def test_two_gateways_share_a_port():
 
 
 def test_a_gateway_that_leaves_its_port_to_another_refuses_nobody(monkeypatch):
-    """Requests that run, one on a connection that was just made, and those that come afterwards."""
-    monkeypatch.setattr("serve.gateway.server.NEWCOMERS_S", 0.2)
+    """Requests that run, one on a new connection, one on a connection that was idle, and those that come afterwards."""
+    monkeypatch.setattr("serve.gateway.server.LEAVING_S", 0.5)
 
     async def scenario():
         old, new = FakeBackend(gate=asyncio.Event(), replica_id="old"), FakeBackend(replica_id="new")
@@ -419,12 +419,17 @@ def test_a_gateway_that_leaves_its_port_to_another_refuses_nobody(monkeypatch):
                 running = asyncio.create_task(client.post(url, json=CHAT))
                 while not old.open:
                     await asyncio.sleep(0.01)
+                idle = httpx.AsyncClient(timeout=10)
+                assert (await idle.get(f"http://127.0.0.1:{port}/livez")).headers.get("connection") != "close"
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 await asyncio.sleep(0.01)
                 second = GatewayServer(second_gateway.app, GatewayOptions(port=port), shares_port=True)
                 await second.start()
                 leaving = asyncio.create_task(first.hand_over(10))
                 await asyncio.sleep(0)
+                last = await idle.get(f"http://127.0.0.1:{port}/livez")
+                assert last.status_code == 200 and last.headers["connection"] == "close"
+                await idle.aclose()
                 body = json.dumps(CHAT).encode()
                 writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 while len(old.open) < 2:
