@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -103,8 +104,13 @@ def test_a_broken_compose_file_is_told_its_fault(told):
     assert any(problem.startswith(f"{service}: ") and told in problem for problem in compose_problems(broken))
 
 
+def tool_of(name: str) -> str | None:
+    """A command of this environment, or of the machine."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
 def test_compose_follows_the_specification():
-    tool = shutil.which("check-jsonschema")
+    tool = tool_of("check-jsonschema")
     if tool is None:
         pytest.skip("check-jsonschema is not installed: the compose file is not held against the Compose schema")
     command = [tool, "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
@@ -112,7 +118,7 @@ def test_compose_follows_the_specification():
 
 
 def test_hadolint_has_no_complaint():
-    tool = shutil.which("hadolint")
+    tool = tool_of("hadolint")
     if tool is None:
         pytest.skip("hadolint is not installed: the Dockerfile is not linted")
     done = subprocess.run([tool, str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
