@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--model-folder", help="write the tiny model here and keep it, for a server of --other")
     parser.add_argument("--output", help="append the rows to this file, as JSON lines")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers it started end with it
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.model_folder or temporary)
         folder.mkdir(exist_ok=True)
