@@ -129,6 +129,8 @@ def serves(image: Image, *arguments: str) -> str:
     with image.started(*arguments) as container:
         seconds = container.wait_for(image.words("HEALTHCHECK"), START_S)
         seconds += container.wait_for(["python3", "-c", ASK, "/readyz", ""], START_S)
+        for model in ("tandem-text", "tandem-image"):  # readiness is of the first model that answers
+            seconds += container.wait_for(["python3", "-c", ASK, f"/v1/models/{model}", ""], START_S)
         answers(container)
         users = container.execute(["sh", "-c", "cat /proc/[0-9]*/status | grep -h ^Uid | sort -u"]).stdout.split()
         assert set(users[1:]) == {str(image.user[0])}, f"processes of users {users}"
