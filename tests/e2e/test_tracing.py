@@ -71,9 +71,9 @@ class Stream(threading.Thread):
 
 
 @contextlib.contextmanager
-def four_streams(server: Serving, path: str, body: dict, name: str) -> Iterator[list[str]]:
-    """Requests for a model of two idle replicas, so each has some; their ids, when all are under way."""
-    streams = [Stream(server, path, body, f"{name}-{number}") for number in range(4)]
+def under_way(server: Serving, path: str, body: dict, name: str) -> Iterator[list[str]]:
+    """A streamed request; its id, when its answer has begun."""
+    streams = [Stream(server, path, body, f"{name}-{number}") for number in range(1)]
     for stream in streams:
         stream.start()
     eventually(lambda: all(stream.num_events > 2 for stream in streams), within_s=60, every_s=0.01)
@@ -81,6 +81,21 @@ def four_streams(server: Serving, path: str, body: dict, name: str) -> Iterator[
     for stream in streams:
         stream.join(timeout=200)
         assert not stream.is_alive()
+
+
+def busy_replica(server: Serving, model: str, num_jobs: int) -> str:
+    """The id of a replica that computes some of so many jobs; all are counted, so its figures are not old ones."""
+
+    def found() -> str | None:
+        lines = httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+        running = {
+            line.split('process="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith("tandem_requests_running") and f'"{model}"' in line
+        }
+        return max(running, key=running.__getitem__) if sum(running.values()) == num_jobs else None
+
+    return eventually(found, within_s=30, every_s=0.01)
 
 
 def the_moved(collector: Collector, request_ids: list[str], names: set[str]) -> Span:
@@ -155,16 +170,18 @@ def test_an_image_goes_through_its_stages(server, collector):
 
 def test_a_request_that_moves_is_one_trace_with_spans_of_both_replicas(server, collector):
     body = {"model": "tandem-text", "prompt": "the cat", "max_tokens": 1500, "ignore_eos": True}
-    with four_streams(server, "/v1/completions", body, "moved") as request_ids:
-        server.children("replica-0-0")[-1].terminate()  # its drain is shorter than the request
+    with under_way(server, "/v1/completions", body, "moved") as request_ids:
+        victim = busy_replica(server, "tandem-text", 1)
+        server.children(victim)[-1].terminate()  # its drain is shorter than the request
     moved = the_moved(collector, request_ids, {"replica", "job", "decode"})
     first, second = eventually(lambda: both(collector, moved), within_s=20)
-    assert first.attributes["tandem.replica.id"] == "replica-0-0"
-    assert second.attributes["tandem.replica.id"] == "replica-0-1"
+    survivor = {"replica-0-0": "replica-0-1", "replica-0-1": "replica-0-0"}[victim]
+    assert first.attributes["tandem.replica.id"] == victim
+    assert second.attributes["tandem.replica.id"] == survivor
     assert first.has_failed and first.attributes["error.type"] == "draining"
     assert second.links == [first.id] and not (second.has_failed or moved.has_failed)
     [left], [rest] = collector.children(first), collector.children(second)
-    assert (left.process, rest.process) == ("replica-0-0", "replica-0-1")
+    assert (left.process, rest.process) == (victim, survivor)
     assert left.attributes["tandem.finish_reason"] in ("cancelled", "error")
     assert [span.name for span in collector.children(rest)] == ["queue", "prefill", "decode"]
     assert moved.attributes["gen_ai.usage.output_tokens"] == 1500
@@ -172,12 +189,19 @@ def test_a_request_that_moves_is_one_trace_with_spans_of_both_replicas(server, c
 
 def test_a_replica_that_is_killed_leaves_the_gateways_span_of_it(server, collector):
     """Its own spans die with it; the trace tells all the same where the request was, and why it went on elsewhere."""
-    body = {"model": "tandem-image", "prompt": "a red circle", "num_inference_steps": 250, "stream_progress": True}
-    with four_streams(server, "/v1/images/generations", body, "killed") as request_ids:
-        server.children("replica-1-0")[-1].kill()
+    body = {
+        "model": "tandem-image",
+        "prompt": "a red circle",
+        "num_inference_steps": 250,
+        "n": 4,
+        "stream_progress": True,
+    }
+    with under_way(server, "/v1/images/generations", body, "killed") as request_ids:
+        victim = busy_replica(server, "tandem-image", 4)
+        server.children(victim)[-1].kill()
     root = the_moved(collector, request_ids, {"job", "denoise"})
     first, second = collector.children(root)
-    assert (first.attributes["tandem.replica.id"], first.attributes["error.type"]) == ("replica-1-0", "replica_lost")
+    assert (first.attributes["tandem.replica.id"], first.attributes["error.type"]) == (victim, "replica_lost")
     assert second.links == [first.id] and collector.children(first) == [] and collector.children(second)
 
 
