@@ -26,7 +26,7 @@ class Listener:
     @property
     def reach(self) -> str:
         """`loopback`, `node` (one address of this machine) or `any` (all of them)."""
-        address = ipaddress.ip_address(self.address)
+        address = ipaddress.ip_address(self.address.removeprefix("::ffff:"))
         return "any" if address.is_unspecified else "loopback" if address.is_loopback else "node"
 
 
@@ -55,7 +55,7 @@ RULES = (
         ("loopback",),
         "channels of hub and replicas, which ask for a secret; ranks of one model",
     ),
-    Rule(r"gcs_server|raylet|tandem serve|ray::.*", ("any",), "Ray, which asks for its token"),
+    Rule(r"gcs_server|raylet|tandem serve|ray::.*", ("any", "node", "loopback"), "Ray, which asks for its token"),
     Rule(r"ray::(DashboardAgent|RuntimeEnvAgent)", ("node", "loopback"), "Ray's agents, which ask for its token"),
 )
 """Of one machine. On a cluster that is joined, channels are on the node's address: k8s/README.md has that table."""

@@ -30,7 +30,7 @@ def test_a_listening_socket_is_seen_with_its_reach():
         ("serve.ranks.peer", "192.0.2.7", 29500, False),
         (GATEWAY, "::", 8000, True),
         (HUB, "127.0.0.1", 40000, True),
-        (HUB, "192.0.2.7", 40000, False),
+        ("gcs_server", "::ffff:127.0.0.1", 40000, True),
         ("raylet", "::", 40000, True),
         ("ray::RuntimeEnvAgent", "192.0.2.7", 40000, True),
         ("nginx", "127.0.0.1", 80, False),
