@@ -245,9 +245,7 @@ class FakeGateway:
 
 
 @contextlib.asynccontextmanager
-async def fake_gateway(
-    *backends: FakeBackend, hold: Hold | None = None, **options: Any
-) -> AsyncIterator[FakeGateway]:
+async def fake_gateway(*backends: FakeBackend, hold: Hold | None = None, **options: Any) -> AsyncIterator[FakeGateway]:
     """A gateway over `backends` (one by default), all joined; none yet where models are held."""
     replicas = list(backends) or [FakeBackend()]
     by_id = {replica.replica_id: replica for replica in replicas}
