@@ -161,7 +161,7 @@ def test_client_that_leaves_frees_the_engine_within_a_step(tmp_path, is_stream):
         sent = {"prompt": "x", "num_inference_steps": 50, "stream": is_stream}
         asking = asyncio.create_task(client.request("POST", PATH, sent))
         async with asyncio.timeout(10):
-            while not (made.device.batches and made.gateway.pool._members["replica-0"].num_open):
+            while not (made.device.batches and made.gateway.pool._members["replica-0"].open):
                 await asyncio.sleep(0.01)
         client.left.set()
         await asking

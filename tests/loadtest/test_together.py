@@ -99,6 +99,7 @@ class LocalReplica(ImageBackend):
 
     replica_id = "replica-image"
     is_alive = True
+    is_draining = False
     bundle: dict[str, bytes] = {}  # noqa: RUF012
     prefixes = PrefixView()
     unreported: tuple[str, ...] = ()
