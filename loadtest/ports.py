@@ -57,6 +57,7 @@ RULES = (
     ),
     Rule(r"gcs_server|raylet|tandem serve|ray::.*", ("any", "node", "loopback"), "Ray, which asks for its token"),
     Rule(r"ray::(DashboardAgent|RuntimeEnvAgent)", ("node", "loopback"), "Ray's agents, which ask for its token"),
+    Rule(r"ray (monitor|dashboard)", ("loopback",), "figures of Ray's own for a Prometheus on this machine"),
 )
 """Of one machine. On a cluster that is joined, channels are on the node's address: k8s/README.md has that table."""
 
@@ -90,6 +91,8 @@ def _name(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     if match := re.search(r"(ray::[\w:.-]+)|from (serve[\w.]*) import main", line):
         return match[1] or match[2]
+    if match := re.search(r"/ray/(?:autoscaler/_private|dashboard)/(monitor|dashboard)\.py", line):
+        return f"ray {match[1]}"
     return "tandem serve" if re.search(r"-m serve\.cli|/tandem ", line) else process.name()
 
 

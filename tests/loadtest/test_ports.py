@@ -33,6 +33,8 @@ def test_a_listening_socket_is_seen_with_its_reach():
         ("gcs_server", "::ffff:127.0.0.1", 40000, True),
         ("raylet", "::", 40000, True),
         ("ray::RuntimeEnvAgent", "192.0.2.7", 40000, True),
+        ("ray monitor", "127.0.0.1", 44217, True),
+        ("ray monitor", "0.0.0.0", 44217, False),
         ("nginx", "127.0.0.1", 80, False),
     ],
 )
