@@ -191,6 +191,8 @@ def table(targets: list[Target], streams: list[int]) -> str:
         first: list[dict[str, float]] = []
         for target in targets:
             rows = [row for row in target.rows if row["num_streams"] == num_streams]
+            if not rows:
+                continue
             first = first or rows
             pairs = list(zip(rows, first))
             ratio = median(row["tokens_per_s"] / base["tokens_per_s"] for row, base in pairs)
