@@ -9,11 +9,13 @@ Legend: T tokens, D input features, E output features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from models.kernels.available import has_kernels
 from models.parallel import Place
 
 MIN_ROWS = 4
@@ -73,11 +75,14 @@ class Linear:
             return _linear_packed(x_TD, self.weight_ED, self.bias_E, "none", [], "")
         return F.linear(x_TD, self.weight_ED, self.bias_E)
 
-    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        """`residual_TE` plus the product. Packed, the sum is part of the product's own last pass, rounded once."""
+    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`residual_TE` and the product, whose sum `RMSNorm.after` makes as it reads them.
+
+        Packed, the sum is part of the product's own last pass, rounded once, and nothing is left to add.
+        """
         if self.is_packed:
-            return _linear_packed_with(x_TD, residual_TE, self.weight_ED, self.bias_E, "add")
-        return residual_TE.add_(F.linear(x_TD, self.weight_ED, self.bias_E))
+            return _linear_packed_with(x_TD, residual_TE, self.weight_ED, self.bias_E, "add"), None
+        return residual_TE, F.linear(x_TD, self.weight_ED, self.bias_E)
 
 
 class SummedLinear:
@@ -98,8 +103,8 @@ class SummedLinear:
     def finish(self) -> None:
         self._linear.finish()
 
-    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        return residual_TE.add_(self._place.sum_(self._linear(x_TD)))
+    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return residual_TE, self._place.sum_(self._linear(x_TD))
 
 
 class GatedLinear:
@@ -107,10 +112,10 @@ class GatedLinear:
 
     On CPU two packed products, each with its share of the rest as a last pass over what is still in cache: 6 to 9 %
     less time for the feed-forward of Qwen3 0.6B with 512 or 1024 rows, bfloat16 (two threads, Intel Xeon with AMX).
-    Elsewhere one matrix and one product.
+    Elsewhere one matrix and one product, and one kernel behind it where there are kernels.
     """
 
-    __slots__ = ("_gate", "_merged", "_up")
+    __slots__ = ("_gate", "_merged", "_silu_mul", "_up")
 
     def __init__(
         self,
@@ -125,7 +130,8 @@ class GatedLinear:
         def linear(*parts: tuple[str, int]) -> Linear:
             return Linear(in_features, parts, has_bias=has_bias, dtype=dtype, device=device)
 
-        self._merged = linear(gate, up) if device.type != "cpu" else None
+        self._silu_mul = silu_mul_of(device)
+        self._merged = linear(gate, up) if device.type != "cpu" or has_kernels(device) else None
         self._gate, self._up = (linear(gate), linear(up)) if self._merged is None else (self._merged, self._merged)
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -137,17 +143,30 @@ class GatedLinear:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._merged is not None:
-            gate_TE, up_TE = self._merged(x_TD).chunk(2, dim=-1)
-            return F.silu(gate_TE).mul_(up_TE)
+            return self._silu_mul(self._merged(x_TD))
         if not self._gate.is_packed:
             return F.silu(self._gate(x_TD)).mul_(self._up(x_TD))
         gate_TE = _linear_packed(x_TD, self._gate.weight_ED, self._gate.bias_E, "swish", [], "")
         return _linear_packed_with(x_TD, gate_TE, self._up.weight_ED, self._up.bias_E, "mul")
 
 
+def silu_mul_of(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function on `device` from rows of gates with as many other features behind them to silu(gate) * other."""
+    if not has_kernels(device):
+        return _silu_mul
+    from models.kernels.silu_mul import silu_mul
+
+    return silu_mul
+
+
+def _silu_mul(gate_up_TF: torch.Tensor) -> torch.Tensor:
+    gate_TE, up_TE = gate_up_TF.chunk(2, dim=-1)
+    return F.silu(gate_TE).mul_(up_TE)
+
+
 def can_pack(weight_ED: torch.Tensor) -> bool:
     """Whether oneDNN computes with a layout of its own for `weight_ED` on this machine."""
-    if weight_ED.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight_ED.device.type != "cpu" or has_kernels(weight_ED.device) or not torch.backends.mkldnn.is_available():
         return False
     if weight_ED.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -159,31 +178,45 @@ class RMSNorm:
 
     On CPU in five operations where torch's own takes eight. rms(x) is hypot(|x|, sqrt(eps * n)) / sqrt(n), and sqrt(n)
     goes into the weight: 22 against 27 us for four rows of 1024 in bfloat16, 1.0 against 1.2 ms for 1024 (against two
-    small operations more and rounding before the weight; two threads, Intel Xeon with AMX).
+    small operations more and rounding before the weight; two threads, Intel Xeon with AMX). Where there are kernels in
+    one, the residual's sum before it included.
     """
 
-    __slots__ = ("_eps", "_is_fused", "_sqrt_eps", "_weight", "weight")
+    __slots__ = ("_eps", "_kernels", "_sqrt_eps", "_weight", "weight")
 
     def __init__(self, shape: tuple[int, ...], eps: float, *, dtype: torch.dtype, device: torch.device):
         self.weight = torch.empty(shape, dtype=dtype, device=device)
-        self._is_fused = device.type == "cuda"
+        self._kernels: Any = None
+        if has_kernels(device):
+            from models.kernels import rms_norm
+
+            self._kernels = rms_norm
         self._eps = eps
         self._sqrt_eps = torch.tensor((eps * shape[-1]) ** 0.5, device=device)
         self._weight: torch.Tensor | None = None
 
     def finish(self) -> None:
         """Called once, when `weight` is filled."""
-        self._weight = self.weight.float() if self._is_fused else self.weight.float() * self.weight.shape[-1] ** 0.5
+        factor = self.weight.shape[-1] ** 0.5 if self._kernels is None else 1.0
+        self._weight = self.weight.float() * factor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._is_fused and self.weight.dim() == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+        if self._kernels is not None and self.weight.dim() == 1:
+            return self._kernels.rms_norm(x, self.weight, self._eps)
         return self.in_float32(x).to(x.dtype)
+
+    def after(self, x_TD: torch.Tensor, owed_TD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x_TD` plus what is still owed to it, if anything, and the norm of that. `x_TD` may be changed."""
+        if owed_TD is None:
+            return x_TD, self(x_TD)
+        if self._kernels is not None:
+            return x_TD, self._kernels.add_rms_norm_(x_TD, owed_TD, self.weight, self._eps)
+        return x_TD.add_(owed_TD), self(x_TD)
 
     def in_float32(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of `x` before it is rounded, in memory of its own."""
         assert self._weight is not None, "finish has not run"
-        if self._is_fused:
+        if self._kernels is not None:
             return F.rms_norm(x.float(), self.weight.shape[-1:], None, self._eps) * self._weight
         x32 = x.float()
         norm = torch.hypot(torch.linalg.vector_norm(x32, dim=-1, keepdim=True), self._sqrt_eps)

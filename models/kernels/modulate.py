@@ -4,14 +4,14 @@
     modulate             norm(x) * (1 + scale) + shift          before them; the norm has no weights
     gate_add_modulate    both, where one comes behind the other
 
-gate, scale and shift are one vector for all tokens of a row of the batch, and mostly slices of one wide product, so they
+gate, scale and shift are one vector for all tokens of a row of the batch, mostly slices of one wide product, so they
 may lie apart. Without fusing these are two, four and six passes over all tokens.
 
-Errors against float64 from the same inputs, u = 2^-p for outputs rounded to p bits: a sum x + gate * y is off by at most
-u of itself and 2^-23 of |x| + |gate y|; it is then rounded, and the norm is of the rounded sum, as without fusing. A
-modulated value is off by at most u of itself and 2^-18 of (|n| + R) |1 + scale| + 2^-18 |shift|, where n is the value's
-own norm and R the row's root mean square over its standard deviation: the mean is subtracted before squares are added,
-so a row far from zero costs its distance once, not squared. (float32 sums of up to 41 in a row, `rsqrt` of 2^-22.)
+Errors against float64 from the same inputs, u = 2^-p for outputs rounded to p bits: a sum x + gate * y is off by at
+most u of itself and 2^-23 of |x| + |gate y|; it is then rounded, and the norm is of the rounded sum, as without fusing.
+A modulated value is off by at most u of itself and 2^-18 of (|n| + R) |1 + scale| + |shift|, where n is the value's own
+norm and R the row's root mean square over its standard deviation: the mean is subtracted before squares are added, so a
+row far from zero costs its distance once, not squared. (float32 sums of up to 41 in a row, `rsqrt` of 2^-22.)
 
 Legend: R rows of the batch, T tokens of each, D features.
 """

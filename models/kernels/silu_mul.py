@@ -1,7 +1,7 @@
 """silu(gate) * up, of the two halves of one matrix product, in one kernel.
 
-Error against float64 from the same inputs, of an output y rounded to p bits: at most (2^-p + 2^-16) |y|, and 2^-115 |up|
-where silu itself is that small. 2^-p is the one rounding at the end; the rest is float32, of which most is the
+Error against float64 from the same inputs, of an output y rounded to p bits: at most (2^-p + 2^-16) |y|, and 2^-115
+|up| where silu itself is that small. 2^-p is the one rounding at the end; the rest is float32, of which most is the
 exponential of a gate near -88: its argument times log2(e) is rounded to 2^-24 of itself.
 
 Legend: T rows, E features of the gate and of the other half.

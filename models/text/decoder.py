@@ -101,19 +101,19 @@ class Decoder:
         if num_tokens < self._min_rows:
             missing = self._min_rows - num_tokens
             token_ids_T, positions_T = F.pad(token_ids_T, (0, missing)), F.pad(positions_T, (0, missing))
-        x_TD = self._begin(token_ids_T)
+        x_TD, owed_TD = self._begin(token_ids_T), None
         step = DecoderStep(context, self._rope.at(positions_T), num_tokens)
         for layer in self._layers:
-            x_TD = layer.advance(x_TD, step)
-        return self._end(x_TD)[:num_tokens]
+            x_TD, owed_TD = layer.advance(x_TD, owed_TD, step)
+        return self._end(x_TD, owed_TD)[:num_tokens]
 
     def _begin(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """What the first layer here gets."""
         return F.embedding(token_ids_T, self._embedding_VD)
 
-    def _end(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _end(self, x_TD: torch.Tensor, owed_TD: torch.Tensor | None) -> torch.Tensor:
         """What the last layer here gave, made fit for `logits`."""
-        return self._norm(x_TD)
+        return self._norm.after(x_TD, owed_TD)[1]
 
     @torch.inference_mode()
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
@@ -228,10 +228,17 @@ class DecoderLayer:
         for part in (self._qkv, self._output, self._gate_up, self._down, self._attention_norm, self._mlp_norm):
             part.finish()
 
-    def advance(self, x_TD: torch.Tensor, step: DecoderStep) -> torch.Tensor:
-        """`x_TD` with this layer's two contributions; the tensor given may be changed."""
-        x_TD = self._output.add_to(x_TD, self._attend(self._attention_norm(x_TD), step))
-        return self._down.add_to(x_TD, self._gate_up(self._mlp_norm(x_TD)))
+    def advance(
+        self, x_TD: torch.Tensor, owed_TD: torch.Tensor | None, step: DecoderStep
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream with this layer's two contributions. `x_TD` may be changed.
+
+        What is owed to the stream is a contribution that the next norm adds to it in passing, where that is cheaper.
+        """
+        x_TD, normed_TD = self._attention_norm.after(x_TD, owed_TD)
+        x_TD, owed_TD = self._output.add_to(x_TD, self._attend(normed_TD, step))
+        x_TD, normed_TD = self._mlp_norm.after(x_TD, owed_TD)
+        return self._down.add_to(x_TD, self._gate_up(normed_TD))
 
     def _attend(self, x_TD: torch.Tensor, step: DecoderStep) -> torch.Tensor:
         num_rows, num_tokens = x_TD.shape[0], step.num_tokens

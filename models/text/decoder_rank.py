@@ -103,10 +103,12 @@ class DecoderRank(Decoder):
     def _begin(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         return self._embed(token_ids_T) if self.place.is_first else self._receive(token_ids_T.shape[0])
 
-    def _end(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _end(self, x_TD: torch.Tensor, owed_TD: torch.Tensor | None) -> torch.Tensor:
         """On another stage than the last the activations are sent on; what `forward` then returns is nobody's."""
         if self.place.is_last:
-            return self._norm(x_TD)
+            return self._norm.after(x_TD, owed_TD)[1]
+        if owed_TD is not None:
+            x_TD.add_(owed_TD)
         self.place.send(x_TD)
         return x_TD
 

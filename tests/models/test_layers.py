@@ -92,14 +92,19 @@ def test_gated_linear_is_silu_of_the_gate_times_up(
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_linear_adds_to_a_residual(is_packed: bool, random: torch.Generator) -> None:
+def test_a_norm_after_a_product_is_that_of_the_sum_with_the_residual(is_packed: bool, random: torch.Generator) -> None:
     layer = linear(64, 96, torch.float32, random)
     if is_packed:
         layer.finish()
+    norm = RMSNorm((96,), 1e-5, dtype=torch.float32, device=CPU)
+    norm.weight.copy_(torch.randn(96, generator=random))
+    norm.finish()
     x, residual = torch.randn(70, 64, generator=random), torch.randn(70, 96, generator=random)
     expected = residual + layer(x)
-    out = layer.add_to(residual.clone(), x)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    total, normed = norm.after(*layer.add_to(residual.clone(), x))
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(normed, norm(total))
     for num_rows in (MIN_ROWS, 7, 16, 33):
         if is_packed:
-            assert torch.equal(layer.add_to(residual[:num_rows].clone(), x[:num_rows]), out[:num_rows])
+            some, _ = norm.after(*layer.add_to(residual[:num_rows].clone(), x[:num_rows]))
+            assert torch.equal(some, total[:num_rows])
