@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from serve.gateway.routing import Candidate, Prediction, Router
 from serve.request import Request
@@ -16,9 +16,10 @@ class RoundRobin(Router):
         super().__init__()
         self._turn = 0
 
-    def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Prediction]:
+    def rounds(self, request: Request, candidates: Mapping[str, Candidate]) -> Iterator[list[Prediction]]:
         self._turn += 1
-        return [_prediction(candidates[(self._turn + i) % len(candidates)]) for i in range(len(candidates))]
+        names = list(candidates)
+        yield _predictions(names[(self._turn + i) % len(names)] for i in range(len(names)))
 
 
 class TwoChoices(Router):
@@ -28,9 +29,9 @@ class TwoChoices(Router):
         super().__init__()
         self._random = random.Random(seed)
 
-    def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Prediction]:
-        drawn = self._random.sample(candidates, len(candidates))
-        return [_prediction(candidate) for candidate in (*sorted(drawn[:2], key=_num_requests), *drawn[2:])]
+    def rounds(self, request: Request, candidates: Mapping[str, Candidate]) -> Iterator[list[Prediction]]:
+        drawn = self._random.sample(list(candidates), len(candidates))
+        yield _predictions((*sorted(drawn[:2], key=lambda name: _num_requests(candidates[name])), *drawn[2:]))
 
 
 class FewestRequests(Router):
@@ -40,14 +41,15 @@ class FewestRequests(Router):
         super().__init__()
         self._random = random.Random(seed)
 
-    def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Prediction]:
-        drawn = self._random.sample(candidates, len(candidates))
-        return [_prediction(candidate) for candidate in sorted(drawn, key=_num_requests)]
+    def rounds(self, request: Request, candidates: Mapping[str, Candidate]) -> Iterator[list[Prediction]]:
+        drawn = self._random.sample(list(candidates), len(candidates))
+        yield _predictions(sorted(drawn, key=lambda name: _num_requests(candidates[name])))
 
 
 def _num_requests(candidate: Candidate) -> int:
-    return candidate.load.running + candidate.load.waiting + len(candidate.unreported)
+    load = candidate.load()
+    return load.running + load.waiting + len(candidate.unreported)
 
 
-def _prediction(candidate: Candidate) -> Prediction:
-    return Prediction(candidate.replica_id, 0.0, 0.0, ())
+def _predictions(names: Iterable[str]) -> list[Prediction]:
+    return [Prediction(name, 0.0, 0.0, ()) for name in names]

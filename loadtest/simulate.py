@@ -45,6 +45,7 @@ REAL = TextDevice(
 )
 """Sizes of `tandem-text` as it is served on a CPU; its times are fitted."""
 
+ALL = 1 << 30
 EARLIER = "lines that --out has written: drawn and printed too"
 
 
@@ -101,15 +102,15 @@ def scale(arguments: argparse.Namespace, report: Report) -> None:
         seed=arguments.seed,
     )
     many = f"a gateway for {arguments.replicas_per_gateway:g} replicas"
-    for name, sweep in {
-        "one gateway": dataclasses.replace(base, replicas_per_gateway=None),
-        many: base,
-        f"{many}, {arguments.ranked} ranked": dataclasses.replace(base, num_ranked=arguments.ranked),
-    }.items():
-        for num_replicas in arguments.replicas:
-            most = arguments.most_for_one if sweep.replicas_per_gateway is None else arguments.most_ranked
-            if num_replicas > most and sweep.num_ranked is None:
-                continue
+    for name, sweep, most in (
+        ("one gateway", dataclasses.replace(base, replicas_per_gateway=None), arguments.most_for_one),
+        (many, base, max(arguments.replicas)),
+        *(
+            (f"{many}, {num or 'all'} drawn", dataclasses.replace(base, num_drawn=num or ALL), arguments.most_drawn)
+            for num in arguments.drawn
+        ),
+    ):
+        for num_replicas in [num for num in arguments.replicas if num <= most]:
             _, row = at_size(sweep, num_replicas)
             rows.setdefault(name, []).append(row)
             report(benchmark="simulator", what="scale", gateways_are=name, **row)
@@ -241,9 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--replicas-per-gateway", type=float, default=8.0)
     three.add_argument("--most-for-one", type=int, default=300, help="replicas behind a single gateway")
     three.add_argument(
-        "--most-ranked", type=int, default=300, help="replicas that are all ranked: 5 ms a request at 1000"
+        "--drawn", type=_sizes, default=[0], help="other numbers of replicas that gateways draw; 0: they look at all"
     )
-    three.add_argument("--ranked", type=int, default=32, help="replicas ranked, in the runs where not all are")
+    three.add_argument("--most-drawn", type=int, default=1000, help="replicas in the runs of --drawn")
     three.add_argument("--earlier", help=EARLIER)
     three.set_defaults(run=scale)
 

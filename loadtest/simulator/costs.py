@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.channel_server import LOAD_PERIOD_S
+from serve.gateway.routing import MAX_KEYS
 from serve.hub import PUSH_PERIOD_S
 
 
@@ -20,8 +21,10 @@ class Costs:
     """Gateway: HTTP, checks, tokens, submit, end of the stream; without ranking."""
     token_s: float = 47e-6
     """Gateway: an output token as an event of its own."""
+    listed_s: float = 0.4e-6
+    """Gateway: placing a request, for each replica of its model."""
     candidate_s: float = 3.7e-6
-    """Gateway: ranking, for each replica."""
+    """Gateway: ranking, for each replica that is looked at."""
     block_s: float = 1.1e-6
     """Gateway: ranking, for each block of a prompt's hashes."""
     report_s: float = 13e-6
@@ -35,10 +38,12 @@ class Costs:
     member_s: float = 2e-6
     """Hub: telling one member anything."""
 
-    def rank_s(self, num_candidates: int, num_prompt: int, block_size: int = 16) -> float:
-        if num_candidates < 2:
+    def rank_s(self, num_replicas: int, num_drawn: int, num_prompt: int, block_size: int = 16) -> float:
+        """Placing one request."""
+        if num_replicas < 2:
             return 0.0
-        return num_candidates * self.candidate_s + min(1024, num_prompt // block_size) * self.block_s
+        ranked_s = min(num_replicas, num_drawn) * self.candidate_s
+        return num_replicas * self.listed_s + ranked_s + min(MAX_KEYS, num_prompt // block_size) * self.block_s
 
     def reports_share(self, num_replicas: int) -> float:
         """Of a gateway's core, spent on the reports of all replicas."""
@@ -49,7 +54,7 @@ class Costs:
         *,
         num_replicas: int,
         num_gateways: int,
-        num_ranked: int,
+        num_drawn: int,
         requests_per_s: float,
         tokens_per_s: float,
         num_prompt: float,
@@ -58,7 +63,7 @@ class Costs:
         members = num_replicas + num_gateways
         per_gateway = requests_per_s / num_gateways
         return {
-            "gateway: ranking": per_gateway * self.rank_s(num_ranked, round(num_prompt)),
+            "gateway: ranking": per_gateway * self.rank_s(num_replicas, num_drawn, round(num_prompt)),
             "gateway: requests": per_gateway * self.request_s,
             "gateway: tokens": tokens_per_s / num_gateways * self.token_s,
             "gateway: load reports": self.reports_share(num_replicas),
@@ -72,7 +77,7 @@ class Costs:
 
 
 NOTHING = Costs(
-    request_s=0.0, token_s=0.0, candidate_s=0.0, block_s=0.0, report_s=0.0, send_report_s=0.0, push_s=0.0,
+    request_s=0.0, token_s=0.0, listed_s=0.0, candidate_s=0.0, block_s=0.0, report_s=0.0, send_report_s=0.0, push_s=0.0,
     entry_s=0.0, member_s=0.0,
 )  # fmt: skip
 """Replicas alone."""

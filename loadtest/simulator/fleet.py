@@ -15,7 +15,7 @@ from loadtest.simulator.visit import Visit
 from loadtest.simulator.world import World
 from serve.autoscaling import Autoscaler
 from serve.demand import Demand
-from serve.gateway.routing import Router
+from serve.gateway.shortlist import NUM_DRAWN
 from serve.options import AutoscalingOptions
 
 SAMPLE_S = 1.0
@@ -34,8 +34,8 @@ class FleetOptions:
     num_gateways: int = 1
     costs: Costs = field(default_factory=Costs)
     kind: type[Replica] = CoarseReplica
-    num_ranked: int | None = None
-    """Replicas that a gateway ranks, drawn at random; None: all, as it does."""
+    num_drawn: int = NUM_DRAWN
+    """Replicas that a gateway draws at random; of fewer it looks at all."""
     autoscaling: AutoscalingOptions | None = None
     load_s: float = 60.0
     """From the decision until a new replica takes requests."""
@@ -68,8 +68,7 @@ class Fleet:
         self._paid_until_s = 0.0
         self._random = random.Random(f"gateways-{seed}")
         self.gateways = [
-            SimulatedGateway(number, world, Router(clock=self._now), options.costs, options.num_ranked)
-            for number in range(options.num_gateways)
+            SimulatedGateway(number, world, options.costs, options.num_drawn) for number in range(options.num_gateways)
         ]
         self._demand: dict[str, Demand] = {}
         for _ in range(options.num_replicas):
@@ -79,9 +78,6 @@ class Fleet:
             self._autoscaler = Autoscaler(options.autoscaling)
             world.at(SAMPLE_S, self._sample)
             world.at(DECIDE_S, self._decide)
-
-    def _now(self) -> float:
-        return self.world.now
 
     def feed(self, visits: Iterable[Visit]) -> None:
         """Visits in order of arrival, each announced by the one before it."""

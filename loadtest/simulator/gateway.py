@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 
 from loadtest.simulator.costs import Costs
 from loadtest.simulator.replica import Replica
 from loadtest.simulator.visit import Visit
 from loadtest.simulator.world import World
+from serve.backend import Load
 from serve.errors import Overloaded
 from serve.gateway.routing import Router
+from serve.prefix_view import PrefixView
 
 
 class SimulatedGateway:
     """Requests and tokens wait for its core in order of arrival; load reports make it slower throughout."""
 
-    def __init__(self, number: int, world: World, router: Router, costs: Costs, num_ranked: int | None = None):
-        """`num_ranked`: replicas that the router looks at, drawn at random; None: all."""
+    def __init__(self, number: int, world: World, costs: Costs, num_drawn: int):
+        """`num_drawn`: of the router."""
         self.number = number
         self.busy_s = 0.0
         self.num_held = 0
         """Requests that wait for a first replica."""
         self._world = world
-        self._router = router
+        self._router = Router(seed=f"gateway-{number}", num_drawn=num_drawn, clock=lambda: world.now)
         self._costs = costs
-        self._num_ranked = num_ranked or 1 << 30
-        self._random = random.Random(f"gateway-{number}")
+        self._num_drawn = num_drawn
         self._free_s = 0.0
         """When the core has done what is asked of it so far."""
         self._held: deque[Visit] = deque()
-        self._sent: dict[str, deque[tuple[float, str]]] = defaultdict(deque)
-        """By replica: what was sent there and may not be in its reports yet."""
+        self._views: dict[str, _View] = {}
+        """The replicas as it knows them."""
 
     def arrive(self, visit: Visit, replicas: Sequence[Replica]) -> None:
         """`replicas` may change until it is placed."""
         costs = self._costs
-        seconds = costs.request_s + costs.rank_s(min(len(replicas), self._num_ranked), visit.num_prompt)
+        seconds = costs.request_s + costs.rank_s(len(replicas), self._num_drawn, visit.num_prompt)
         self._world.at(self._work(seconds, len(replicas)), lambda: self._place(visit, replicas))
 
     def deliver(self, visit: Visit, num_tokens: int, is_last: bool, num_replicas: int) -> None:
@@ -56,36 +57,30 @@ class SimulatedGateway:
 
     def left(self, replica_id: str) -> None:
         self._router.forget(replica_id)
-        self._sent.pop(replica_id, None)
+        self._views.pop(replica_id, None)
 
     def _place(self, visit: Visit, replicas: Sequence[Replica]) -> None:
         if not replicas:
             self._held.append(visit)
             self.num_held = len(self._held)
             return
-        if len(replicas) > self._num_ranked:
-            replicas = self._random.sample(replicas, self._num_ranked)
-        able = {replica.replica_id: replica for replica in replicas}
-        candidates = [replica.candidate(self._unreported(replica)) for replica in replicas]
-        for prediction in self._router.rank(visit.request, candidates):
+        views = {replica.replica_id: self._view(replica) for replica in replicas}
+        for prediction in chain.from_iterable(self._router.rounds(visit.request, views)):
             self._router.record(visit.request, prediction)
+            view = views[prediction.replica_id]
             try:
-                able[prediction.replica_id].submit(visit)
+                view.replica.submit(visit)
             except Overloaded:
                 continue
             visit.gateway, visit.replica_id = self.number, prediction.replica_id
-            self._sent[prediction.replica_id].append((self._world.now, visit.request.request_id))
+            view.sent.append((self._world.now, visit.request.request_id))
             return
         visit.refuse(self._world.now)
 
-    def _unreported(self, replica: Replica) -> list[str]:
-        replica.before_change()
-        sent = self._sent.get(replica.replica_id)
-        if not sent:
-            return []
-        while sent and sent[0][0] <= replica.reports.taken_s:
-            sent.popleft()
-        return [request_id for _, request_id in sent]
+    def _view(self, replica: Replica) -> _View:
+        if replica.replica_id not in self._views:
+            self._views[replica.replica_id] = _View(replica)
+        return self._views[replica.replica_id]
 
     def _work(self, seconds: float, num_replicas: int) -> float:
         """When the core will have done that too."""
@@ -95,3 +90,26 @@ class SimulatedGateway:
         self.busy_s += seconds
         self._free_s = max(self._free_s, self._world.now) + seconds / (1 - share)
         return self._free_s
+
+
+class _View:
+    """A replica as one gateway knows it: a `Candidate`."""
+
+    def __init__(self, replica: Replica):
+        self.replica = replica
+        self.sent: deque[tuple[float, str]] = deque()
+        """When a request was sent, and its id; not in the reports yet, maybe."""
+
+    @property
+    def prefixes(self) -> PrefixView:
+        return self.replica.reports.prefixes
+
+    @property
+    def unreported(self) -> list[str]:
+        while self.sent and self.sent[0][0] <= self.replica.reports.taken_s:
+            self.sent.popleft()
+        return [request_id for _, request_id in self.sent]
+
+    def load(self) -> Load:
+        self.replica.before_change()
+        return self.replica.reports.load

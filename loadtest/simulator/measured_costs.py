@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from loadtest.paced import TextDevice, text_replica
@@ -17,7 +17,9 @@ from serve import wire
 from serve.backend import Backend, EventStream, Load
 from serve.channel import ChannelClient
 from serve.channel_server import ChannelServer
-from serve.gateway.routing import Candidate, Router
+from serve.gateway.pool import Pool, Remote
+from serve.gateway.routing import Router
+from serve.gateway.shortlist import NUM_DRAWN
 from serve.prefix_view import PrefixView
 from serve.request import ModelCard, Request
 from serve.wire import ReplicaEntry
@@ -30,13 +32,14 @@ NUM_REPORTS = 2000
 
 async def measure_costs() -> Costs:
     """About 20 s."""
-    candidate_s, block_s = _ranking()
+    listed_s, candidate_s, block_s = await _placing()
     request_s, token_s, snapshot = await _gateway()
     entry_s, member_s = _announcing()
     report_s, send_report_s = await _reports()
     return Costs(
         request_s=request_s,
         token_s=token_s,
+        listed_s=listed_s,
         candidate_s=candidate_s,
         block_s=block_s,
         report_s=report_s,
@@ -47,24 +50,31 @@ async def measure_costs() -> Costs:
     )
 
 
-def _ranking() -> tuple[float, float]:
-    """A candidate, and a block of the prompt: from ranking 1000 and 200 replicas, and a long prompt."""
-    view = PrefixView()
-    view.block_size = 16
-    load = Load(running=20, backlog_s=0.4, unit_s=2e-4, job_s=0.03)
-    router = Router()
+async def _placing() -> tuple[float, float, float]:
+    """For each replica there is, for each that is looked at, for each block of a prompt: from pools of 1000, 200, 32
+    and 2 replicas, and a long prompt."""
+    backend, _ = text_replica(FAST)
 
-    def rank(num_candidates: int, num_prompt: int) -> float:
-        visit = visit_with("r", 0.0, tuple(range(num_prompt)), 1)
+    async def place(num_replicas: int, num_prompt: int) -> float:
+        async def connect(entry: ReplicaEntry, on_lost: Callable[[], None]) -> Remote:
+            return _Told(backend.card)
 
-        def once() -> None:
-            made = [Candidate(f"replica-{number}", load, view, ("a",)) for number in range(num_candidates)]
-            router.rank(visit.request, made)
+        names = [f"replica-{number}" for number in range(num_replicas)]
+        pool, router = Pool(connect), Router()
+        pool.update([ReplicaEntry(name, "paced", backend.card.kind, "unix:/nowhere") for name in names])
+        request = visit_with("r", 0.0, tuple(range(num_prompt)), 1).request
+        await pool.meet(["paced"])
+        while len(pool._able("paced", None)) < num_replicas:
+            await asyncio.sleep(0.01)
+        seconds = _seconds(lambda: next(router.rounds(request, pool._able("paced", None))), 50)
+        await pool.aclose()
+        return seconds
 
-        return _seconds(once, 20)
-
-    few, many, long = rank(200, 32), rank(1000, 32), rank(200, 32 + 8000)
-    return (many - few) / 800, (long - few) / 500
+    few, all_looked_at, some, many = [await place(number, 32) for number in (2, NUM_DRAWN, 200, 1000)]
+    long = await place(200, 32 + 8000)
+    await backend.aclose()
+    listed_s = (many - some) / 800
+    return listed_s, (all_looked_at - few) / (NUM_DRAWN - 2) - listed_s, (long - some) / 500
 
 
 async def _gateway() -> tuple[float, float, wire.Push]:
@@ -165,3 +175,35 @@ class _Changing(Backend):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+class _Told(Backend):
+    """A `Remote` that has reported and is asked for nothing."""
+
+    is_alive, is_draining = True, False
+    unreported = ("a",)
+    bundle: Mapping[str, bytes] = {}
+
+    def __init__(self, card: ModelCard) -> None:
+        self._card = card
+        self._load = Load(running=20, backlog_s=0.4, unit_s=2e-4, job_s=0.03)
+        self.prefixes = PrefixView()
+        self.prefixes.block_size = 16
+
+    @property
+    def card(self) -> ModelCard:
+        return self._card
+
+    def load(self) -> Load:
+        return self._load
+
+    def turn_away(self, work_s: float) -> None: ...
+
+    async def submit(self, request: Request) -> EventStream:
+        raise NotImplementedError
+
+    async def check_health(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def aclose(self) -> None: ...

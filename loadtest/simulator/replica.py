@@ -13,7 +13,6 @@ from loadtest.simulator.visit import Visit
 from loadtest.simulator.world import World
 from serve.backend import Load
 from serve.errors import Overloaded
-from serve.gateway.routing import Candidate
 from serve.text.pace import TextPace
 from serve.text.prefix_digest import PrefixDigest
 from serve.text.sequence import TokenBatch
@@ -47,7 +46,7 @@ class Replica(ABC):
         self.world = world
         self.device = device
         self.deliver = deliver
-        self.reports = Reports(replica_id, world, number)
+        self.reports = Reports(world, number)
         self.is_draining = False
         self.busy_s = 0.0
         """Time in steps so far."""
@@ -67,10 +66,6 @@ class Replica(ABC):
         """Whatever changes the state calls this first: a report that has come due is of the state before."""
         if self.reports.is_due():
             self.reports.take(self.load(), self.digest())
-
-    def candidate(self, unreported: list[str]) -> Candidate:
-        """As gateways know it."""
-        return self.reports.candidate(unreported)
 
     def warm_up(self) -> None:
         """Let its pace know the device, as it does after a minute of service: some decode steps, and a prompt."""

@@ -11,6 +11,7 @@ from loadtest.simulator.figures import Slo
 from loadtest.simulator.fleet import FleetOptions
 from loadtest.simulator.runs import Run, run
 from loadtest.simulator.workload import Lengths, steady
+from serve.gateway.shortlist import NUM_DRAWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +28,7 @@ class Sweep:
     seconds: float
     replicas_per_gateway: float | None
     """None: one gateway for all."""
-    num_ranked: int | None = None
+    num_drawn: int = NUM_DRAWN
     seed: int = 0
 
 
@@ -40,7 +41,7 @@ def at_size(sweep: Sweep, num_replicas: int) -> tuple[Run, dict[str, Any]]:
         num_replicas=num_replicas,
         num_gateways=num_gateways,
         costs=sweep.costs,
-        num_ranked=sweep.num_ranked,
+        num_drawn=sweep.num_drawn,
     )
     end_s = sweep.warm_s + sweep.seconds
     done = run(
@@ -55,7 +56,7 @@ def at_size(sweep: Sweep, num_replicas: int) -> tuple[Run, dict[str, Any]]:
     loads = sweep.costs.loads(
         num_replicas=num_replicas,
         num_gateways=num_gateways,
-        num_ranked=min(num_replicas, sweep.num_ranked or num_replicas),
+        num_drawn=sweep.num_drawn,
         requests_per_s=sweep.rate * num_replicas,
         tokens_per_s=sweep.rate * num_replicas * sweep.lengths.output_mean,
         num_prompt=sweep.lengths.prompt_mean,

@@ -16,6 +16,7 @@ from serve.gateway.auth import LOOPBACK_NAMES, Keys, check_exposure
 from serve.gateway.drain import Drain
 from serve.gateway.hold import Hold, Sleeper, Wake
 from serve.gateway.pool import Pool, Remote
+from serve.gateway.routing import Router
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
 from serve.gateway.tracing import GatewayTracing, TracedReplica
@@ -60,6 +61,7 @@ class Gateway:
             self._recorder.follow("tandem_requests_held", partial(self._hold.num_held, model), model=model)
         self._pool = Pool(
             self._connect,
+            Router(seed=gateway_id),
             recorder=self._recorder,
             hold=self._hold,
             max_wait_s=options.max_wait_s,

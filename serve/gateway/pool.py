@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -29,9 +29,8 @@ from serve.gateway.delivered import delivered
 from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.hold import Hold
 from serve.gateway.routing import Candidate, Prediction, Router
-from serve.gateway.shedding import Coming, require_time
+from serve.gateway.shedding import Coming, too_late
 from serve.gateway.suspects import Suspects
-from serve.prefix_view import PrefixView
 from serve.recorder import Recorder
 from serve.request import Request
 from serve.wire import ReplicaEntry
@@ -49,7 +48,7 @@ _ELSEWHERE = (Overloaded, Draining, ReplicaLost, EngineDead)
 """Refusals another replica may not share."""
 
 
-class Remote(Backend, Protocol):
+class Remote(Backend, Candidate, Protocol):
     """A connected replica (`ChannelClient`)."""
 
     is_draining: bool
@@ -60,16 +59,6 @@ class Remote(Backend, Protocol):
 
     @property
     def is_alive(self) -> bool: ...
-
-    @property
-    def prefixes(self) -> PrefixView:
-        """Which prefixes it has cached."""
-        ...
-
-    @property
-    def unreported(self) -> Collection[str]:
-        """Ids of the requests that its load does not count yet."""
-        ...
 
     def turn_away(self, work_s: float) -> None:
         """Tell it of work that it would have got, had it not so much already."""
@@ -246,15 +235,6 @@ class Pool:
         there = [member.entry.fingerprint for member in self._members.values() if member.entry.model == model]
         return fingerprint is not None and bool(there) and fingerprint not in there
 
-    def _require_time(self, request: Request, ranked: Sequence[Prediction], able: Mapping[str, _Member]) -> None:
-        """Raise Overloaded when a new request would wait too long wherever it was sent."""
-        taking = [prediction for prediction in ranked if _is_open(able[prediction.replica_id])]
-        try:
-            require_time(request, taking, max_wait_s=self._max_wait_s, due_s=self._due_s(request.model))
-        except Overloaded:
-            _turn_away(taking, able)
-            raise
-
     def _due_s(self, model: str) -> float | None:
         """Until the next replica that loads may be up."""
         return self._coming.due_s(model, self.models[model].card.load_s)
@@ -264,39 +244,26 @@ class Pool:
     ) -> Placement:
         """At the best replica that takes it. `lost` takes those whose connection ends meanwhile. Only those of that
         fingerprint may; without one, those whose tokenizer has read the request, if there are any."""
-        able = {
-            member.entry.replica_id: member
-            for member in self._members.values()
-            if member.entry.model == request.model and _is_up(member)
-            if fingerprint in (None, member.entry.fingerprint)
-        }
-        newest = self.models[request.model].digest
-        if fingerprint is None and any(member.digest == newest for member in able.values()):
-            able = {replica_id: member for replica_id, member in able.items() if member.digest == newest}
+        able = self._able(request.model, fingerprint)
         refusals: list[TandemError] = []
-        ranked = self._router.rank(request, _candidates(able.values()))
-        if is_new:
-            self._require_time(request, ranked, able)
-        for prediction in sorted(ranked, key=lambda prediction: prediction.replica_id in lost):
-            replica_id = prediction.replica_id
-            member = able[replica_id]
-            if member.remote is None:
-                continue  # lost while another one refused
-            self._router.record(request, prediction)
-            try:
-                stream = await member.remote.submit(request)
-            except _ELSEWHERE as refusal:
-                refusals.append(refusal)
-                has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
-                if has_died and replica_id not in lost:  # or it is the death that is known already
-                    lost.append(replica_id)
-                    require_innocent(request, lost, self)
-                continue
-            member.open[key := object()] = request.request_id
-            return Placement(replica_id, member.entry.fingerprint, stream, partial(self._ended, member, key))
+        spared: Prediction | None = None
+        for ranked in self._router.rounds(request, able):
+            taking = [prediction for prediction in ranked if not able[prediction.replica_id].is_draining]
+            spared = spared or next(iter(taking), None)
+            if is_new:
+                due_s = self._due_s(request.model)
+                late = too_late(request, taking, max_wait_s=self._max_wait_s, due_s=due_s)
+                if late is not None:
+                    refusals.append(late)
+                    continue
+            for prediction in sorted(ranked, key=lambda prediction: prediction.replica_id in lost):
+                placement = await self._try(request, prediction, able[prediction.replica_id], lost, refusals)
+                if placement is not None:
+                    return placement
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
-            _turn_away(ranked, able)
+            if spared is not None:  # it is asked for all the same
+                able[spared.replica_id].turn_away(spared.work_s)
             raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
         if refusals:
             raise refusals[-1]
@@ -307,6 +274,38 @@ class Pool:
             )
         due_s = self._due_s(request.model)
         raise Unavailable(f"no replica of {request.model} is ready; try again soon", retry_after_s=due_s)
+
+    def _able(self, model: str, fingerprint: str | None) -> dict[str, Remote]:
+        """The replicas that may have a request of that model."""
+        up = [member for member in self._members.values() if member.entry.model == model]
+        if fingerprint is not None:
+            up = [member for member in up if member.entry.fingerprint == fingerprint]
+        able = [(member, remote) for member in up if (remote := member.remote) is not None and remote.is_alive]
+        newest = self.models[model].digest
+        if fingerprint is None and any(member.digest == newest for member, _ in able):
+            able = [(member, remote) for member, remote in able if member.digest == newest]
+        return {member.entry.replica_id: remote for member, remote in able}
+
+    async def _try(
+        self, request: Request, prediction: Prediction, remote: Remote, lost: list[str], refusals: list[TandemError]
+    ) -> Placement | None:
+        """None when the replica refuses for now, which `refusals` then has, or was lost while another one refused."""
+        member = self._members.get(prediction.replica_id)
+        if member is None or member.remote is not remote:
+            return None
+        self._router.record(request, prediction)
+        try:
+            stream = await remote.submit(request)
+        except _ELSEWHERE as refusal:
+            refusals.append(refusal)
+            has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
+            if has_died and prediction.replica_id not in lost:  # or it is the death that is known already
+                lost.append(prediction.replica_id)
+                require_innocent(request, lost, self)
+            return None
+        member.open[key := object()] = request.request_id
+        leave = partial(self._ended, member, key)
+        return Placement(prediction.replica_id, member.entry.fingerprint, stream, leave)
 
     async def _join(self, member: _Member) -> None:
         """Connect, trying again with growing pauses while the hub names the replica."""
@@ -371,17 +370,3 @@ def _is_up(member: _Member) -> bool:
 
 def _is_open(member: _Member) -> bool:
     return member.remote is not None and member.remote.is_alive and not member.remote.is_draining
-
-
-def _turn_away(ranked: Sequence[Prediction], able: Mapping[str, _Member]) -> None:
-    """Tell the replica that would have got a request what it was spared: it is asked for all the same."""
-    if ranked and (remote := able[ranked[0].replica_id].remote) is not None:
-        remote.turn_away(ranked[0].work_s)
-
-
-def _candidates(members: Iterable[_Member]) -> list[Candidate]:
-    return [
-        Candidate(member.entry.replica_id, member.remote.load(), member.remote.prefixes, member.remote.unreported)
-        for member in members
-        if member.remote is not None
-    ]

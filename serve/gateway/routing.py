@@ -15,17 +15,22 @@ soon as the replica that has it is busier than another by more than that.
 
 Who has which prefix is told by the replicas (`serve/prefix_view.py`). A prompt that was just sent somewhere counts as
 cached there already, as long as it may take to be computed: requests with a common prefix that arrive together meet.
+
+Of more than `NUM_DRAWN` replicas a few are looked at (`shortlist.py`), and the others only if none of these will do.
 """
 
 from __future__ import annotations
 
+import random
 import time
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from serve.backend import Load
+from serve.gateway.shortlist import NUM_DRAWN, NUM_HOLDERS, home, longest_holders, rendezvous
 from serve.prefix_view import PrefixView, prompt_keys
 from serve.request import ImageRequest, Request, TextRequest
 
@@ -39,15 +44,20 @@ MAX_REMEMBERED = 1 << 16
 """Promised blocks, and requests with their work; about 10 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A replica that could take the request, and what it has told."""
+class Candidate(Protocol):
+    """A replica that could take the request, and what it has told (a `Remote` of the pool's)."""
 
-    replica_id: str
-    load: Load
-    prefixes: PrefixView = field(default_factory=PrefixView)
-    unreported: Collection[str] = ()
-    """Ids of the requests that this gateway has sent there and `load` does not count."""
+    @property
+    def prefixes(self) -> PrefixView:
+        """Which prefixes it has cached."""
+        ...
+
+    @property
+    def unreported(self) -> Collection[str]:
+        """Ids of the requests that this gateway has sent there and `load` does not count."""
+        ...
+
+    def load(self) -> Load: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,17 @@ class Prediction:
 class Router:
     """Ranks replicas. One per gateway, on its event loop."""
 
-    def __init__(self, *, max_remembered: int = MAX_REMEMBERED, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        seed: str = "",
+        num_drawn: int = NUM_DRAWN,
+        max_remembered: int = MAX_REMEMBERED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`seed`: differs from gateway to gateway, so that they draw different replicas."""
+        self._random = random.Random(seed)
+        self._num_drawn = num_drawn
         self._max_remembered = max_remembered
         self._clock = clock
         self._promises: OrderedDict[int, tuple[str, float]] = OrderedDict()
@@ -78,22 +98,46 @@ class Router:
         self._work_s: OrderedDict[str, float] = OrderedDict()
         """Request id → what it adds to the backlog where it was sent."""
 
-    def rank(self, request: Request, candidates: Sequence[Candidate]) -> list[Prediction]:
-        """All candidates, best first. An only one is not asked what it has cached: hashing 8000 positions takes half a
-        millisecond."""
-        keys: dict[int, tuple[int, ...]] = {}
-        if len(candidates) == 1:
-            keys[candidates[0].prefixes.block_size] = ()
+    def rounds(self, request: Request, candidates: Mapping[str, Candidate]) -> Iterator[list[Prediction]]:
+        """All candidates, those looked at first and then, for whoever goes on, the others; each round best first.
+
+        An only one is not asked what it has cached: hashing 8000 positions takes half a millisecond."""
+        prompt = _Prompt(request, is_looked_up=len(candidates) > 1)
+        shortlist = candidates
+        if len(candidates) > self._num_drawn:
+            shortlist = {name: candidates[name] for name in self._draw(prompt, candidates)}
+        yield self._rank(prompt, shortlist)
+        if others := {name: each for name, each in candidates.items() if name not in shortlist}:
+            yield self._rank(prompt, others)
+
+    def _draw(self, prompt: _Prompt, candidates: Mapping[str, Candidate]) -> dict[str, None]:
+        """Names of those that are worth a look."""
+        names = list(candidates)
+        chosen = dict.fromkeys(self._random.sample(names, self._num_drawn))
+        views = [(name, candidate.prefixes) for name, candidate in candidates.items()]
+        for block_size in {view.block_size for _, view in views}:
+            keys = prompt.keys(block_size)
+            holdings = [(name, view.keys) for name, view in views] if keys else ()
+            chosen |= dict.fromkeys(longest_holders(keys, holdings, NUM_HOLDERS, self._random))
+            promised = next((self._promises[key][0] for key in reversed(keys) if key in self._promises), "")
+            if promised in candidates:
+                chosen[promised] = None
+        if prompt.request.session:
+            chosen[home(prompt.request.session, names)] = None
+        return chosen
+
+    def _rank(self, prompt: _Prompt, candidates: Mapping[str, Candidate]) -> list[Prediction]:
         now = self._clock()
-        predictions = [self._place(request, candidate, keys, now) for candidate in candidates]
+        predictions = [self._place(prompt, name, candidate, now) for name, candidate in candidates.items()]
         least = min((prediction.cost_s for prediction in predictions), default=0.0)
         limit = least * (1 + TIE_SHARE) + TIE_S
-        session = request.session or request.request_id
+        session = prompt.request.session or prompt.request.request_id
+        affinity = dict(zip(candidates, rendezvous(session, candidates)))
 
         def order(prediction: Prediction) -> tuple[float, int]:
             if prediction.cost_s > limit:
                 return prediction.cost_s, 0
-            return least, -_rendezvous(session, prediction.replica_id)
+            return least, -affinity[prediction.replica_id]
 
         return sorted(predictions, key=order)
 
@@ -113,47 +157,52 @@ class Router:
         """The replica is gone, and its cache with it."""
         self._promises = OrderedDict(item for item in self._promises.items() if item[1][0] != replica_id)
 
-    def _place(
-        self, request: Request, candidate: Candidate, keys: dict[int, tuple[int, ...]], now: float
-    ) -> Prediction:
-        """`keys`: of the prompt, by block size, as far as they are known."""
-        load = candidate.load
+    def _place(self, prompt: _Prompt, name: str, candidate: Candidate, now: float) -> Prediction:
+        request, load = prompt.request, candidate.load()
         work_s = request.n * load.job_s
-        found: tuple[int, ...] = ()
+        keys: tuple[int, ...] = ()
         if isinstance(request, ImageRequest):
             work_s += _num_pixels(request) * load.unit_s
         else:
             block_size = candidate.prefixes.block_size
-            if block_size not in keys:
-                keys[block_size] = _keys(request, block_size)
-            found = keys[block_size]
-            num_cached = 0 if request.prompt_logprobs is not None else self._num_held(candidate, found, now)
+            keys = prompt.keys(block_size)
+            scores_all = request.prompt_logprobs is not None
+            num_cached = 0 if scores_all else self._num_held(name, candidate.prefixes.keys, keys, now)
             work_s += (len(request.prompt_token_ids) - num_cached * block_size) * load.unit_s
-        sent_s = sum(self._work_s.get(request_id, 0.0) for request_id in candidate.unreported)
-        return Prediction(candidate.replica_id, load.backlog_s + sent_s, work_s, found)
+        sent_s = sum([self._work_s.get(request_id, 0.0) for request_id in candidate.unreported])
+        return Prediction(name, load.backlog_s + sent_s, work_s, keys)
 
-    def _num_held(self, candidate: Candidate, keys: tuple[int, ...], now: float) -> int:
+    def _num_held(self, name: str, held: set[int], keys: tuple[int, ...], now: float) -> int:
         """How many leading blocks the candidate has, or was sent."""
-        for i, key in enumerate(keys):
-            if key in candidate.prefixes.keys:
-                continue
+        num = len(keys)
+        if not held.issuperset(keys):
+            num = bisect_left(range(1, num), True, key=lambda num: not held.issuperset(keys[:num]))
+        for key in keys[num:]:
             holder, until = self._promises.get(key, ("", 0.0))
-            if holder != candidate.replica_id or until < now:
-                return i
-        return len(keys)
+            if key not in held and (holder != name or until < now):
+                break
+            num += 1
+        return num
 
 
-def _keys(request: TextRequest, block_size: int) -> tuple[int, ...]:
-    if not block_size:
-        return ()
-    ids = request.prompt_token_ids[: MAX_KEYS * block_size + 1]
-    return tuple(prompt_keys(ids, block_size, request.cache_salt))
+class _Prompt:
+    """A request, and the keys of its blocks, which are hashed when they are first asked for."""
+
+    def __init__(self, request: Request, *, is_looked_up: bool):
+        self.request = request
+        self._text = request if is_looked_up and isinstance(request, TextRequest) else None
+        self._keys: dict[int, tuple[int, ...]] = {0: ()}
+
+    def keys(self, block_size: int) -> tuple[int, ...]:
+        """As a cache with blocks of that size publishes them; 0: it has none."""
+        if self._text is None:
+            return ()
+        if block_size not in self._keys:
+            ids = self._text.prompt_token_ids[: MAX_KEYS * block_size + 1]
+            self._keys[block_size] = tuple(prompt_keys(ids, block_size, self._text.cache_salt))
+        return self._keys[block_size]
 
 
 def _num_pixels(request: ImageRequest) -> int:
     num_rows = 2 if request.guidance_scale > 1 else 1
     return request.n * request.num_inference_steps * num_rows * request.width * request.height
-
-
-def _rendezvous(session: str, replica_id: str) -> int:
-    return int.from_bytes(blake2b(f"{session}\0{replica_id}".encode(), digest_size=8).digest())

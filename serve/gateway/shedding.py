@@ -36,18 +36,19 @@ class Coming:
         return max(0.0, min(began) + load_s - self._clock()) if began else None
 
 
-def require_time(
-    request: Request, ranked: Sequence[Prediction], *, max_wait_s: float | None, due_s: float | None
-) -> None:
-    """Raise Overloaded when the request is predicted to wait longer than it may at every one of `ranked`."""
+def too_late(
+    request: Request, taking: Sequence[Prediction], *, max_wait_s: float | None, due_s: float | None
+) -> Overloaded | None:
+    """The refusal of a request that is predicted to wait longer than it may at every one of `taking`, which take new
+    ones; None when some has room in time, or when none takes any."""
     timeout_s = math.inf if request.timeout_s is None else request.timeout_s
     limit_s = min(timeout_s, math.inf if max_wait_s is None else max_wait_s)
-    least_s = min((prediction.wait_s for prediction in ranked), default=0.0)
+    least_s = min((prediction.wait_s for prediction in taking), default=0.0)
     if least_s <= limit_s:
-        return
+        return None
     retry_after_s = least_s - limit_s
     whose = "its own timeout of" if limit_s == timeout_s else "the limit here,"
-    raise Overloaded(
+    return Overloaded(
         f"the request would wait about {least_s:.0f} s, longer than {whose} {limit_s:g} s; try again later",
         retry_after_s=retry_after_s if due_s is None else min(retry_after_s, due_s),
     )

@@ -11,6 +11,7 @@ from gateway_image_fakes import FakeImageBackend
 
 from serve.errors import Draining, EngineDead, InvalidRequest, ModelNotFound, Overloaded, ReplicaLost, Unavailable
 from serve.gateway.pool import Pool
+from serve.gateway.shortlist import NUM_DRAWN
 from serve.request import ImageRequest, SamplingParams, TextRequest
 
 
@@ -171,6 +172,23 @@ def test_what_would_wait_too_long_everywhere_is_refused_and_told_to_the_least_bu
         assert caught.value.retry_after_s <= busy.card.load_s
         await pool.submit(replace(request(), timeout_s=25.0))
         assert len(busy.requests) == 1
+
+
+def test_of_many_busy_replicas_the_one_with_room_is_found_before_a_request_is_refused():
+    busy = [FakeBackend(replica_id=f"r{number}", backlog_s=20.0) for number in range(3 * NUM_DRAWN)]
+    idle = FakeBackend(replica_id="idle", backlog_s=0.0)
+
+    @with_pool(*busy, idle)
+    async def _(pool, net):
+        for number in range(4):
+            await pool.submit(replace(request(), request_id=f"{number}", timeout_s=5.0))
+        assert len(idle.requests) == 4
+        idle.backlog_s = 30.0
+        with pytest.raises(Overloaded, match="about 20 s") as caught:
+            await pool.submit(replace(request(), request_id="late", timeout_s=5.0))
+        assert caught.value.retry_after_s == 15.0
+        assert [backend.turned_away for backend in busy if backend.turned_away] == [[1.0]]
+        assert not any(backend.requests for backend in busy)
 
 
 def test_a_draining_replica_does_not_count_as_room():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve.backend import Load
-from serve.gateway.routing import PROMISE_S, TIE_S, Candidate, Prediction, Router
+from serve.gateway.routing import PROMISE_S, TIE_S, Prediction, Router
+from serve.gateway.shortlist import NUM_DRAWN, NUM_HOLDERS, home, longest_holders
 from serve.prefix_view import PrefixView, prompt_keys
 from serve.request import ImageRequest, SamplingParams, TextRequest
 
@@ -27,37 +34,61 @@ def image_request(side: int, num_steps: int = 20) -> ImageRequest:
     )  # fmt: skip
 
 
+@dataclass
+class Told:
+    """A `Candidate`."""
+
+    replica_id: str
+    reported: Load
+    prefixes: PrefixView = field(default_factory=PrefixView)
+    unreported: Sequence[str] = ()
+    num_looks: int = 0
+
+    def load(self) -> Load:
+        self.num_looks += 1
+        return self.reported
+
+
 def candidate(name: str, backlog_s: float = 0.0, *, cached=(), salt="", unreported=(), job_s=0.0, unit_s=UNIT_S):
     view = PrefixView()
     view.block_size = BLOCK
     view.keys.update(prompt_keys([*cached, 0], BLOCK, salt))
-    return Candidate(name, Load(backlog_s=backlog_s, unit_s=unit_s, job_s=job_s), view, unreported)
+    return Told(name, Load(backlog_s=backlog_s, unit_s=unit_s, job_s=job_s), view, unreported)
+
+
+def ranked(router: Router, asked, candidates: Sequence[Told]) -> list[Prediction]:
+    """The first round."""
+    return next(router.rounds(asked, {candidate.replica_id: candidate for candidate in candidates}))
 
 
 def order(predictions: list[Prediction]) -> list[str]:
     return [prediction.replica_id for prediction in predictions]
 
 
-def first(router: Router, asked, *candidates: Candidate) -> str:
-    return router.rank(asked, candidates)[0].replica_id
+def first(router: Router, asked, *candidates: Told) -> str:
+    return ranked(router, asked, candidates)[0].replica_id
 
 
-def price(router: Router, asked, at: Candidate) -> Prediction:
+def price(router: Router, asked, at: Told) -> Prediction:
     """What it costs there, another replica being far too busy."""
-    return router.rank(asked, [at, candidate("other", 1e6)])[0]
+    return ranked(router, asked, [at, candidate("other", 1e6)])[0]
 
 
 def test_all_candidates_are_ranked_by_backlog():
-    assert order(Router().rank(request(), [candidate("a", 3), candidate("b", 1), candidate("c", 2)])) == ["b", "c", "a"]
+    assert order(ranked(Router(), request(), [candidate("a", 3), candidate("b", 1), candidate("c", 2)])) == [
+        "b",
+        "c",
+        "a",
+    ]
 
 
 def test_no_candidates_give_no_placements():
-    assert Router().rank(request(), []) == []
+    assert ranked(Router(), request(), []) == []
 
 
 def test_an_only_candidate_is_priced_without_a_look_at_its_cache():
     prediction = Prediction("a", wait_s=0.5, work_s=200 * UNIT_S, keys=())
-    assert Router().rank(request(range(200)), [candidate("a", 0.5, cached=range(96))]) == [prediction]
+    assert ranked(Router(), request(range(200)), [candidate("a", 0.5, cached=range(96))]) == [prediction]
 
 
 def test_cost_is_backlog_and_what_is_not_cached():
@@ -105,7 +136,10 @@ def test_what_is_not_reported_yet_counts_as_estimated():
     router = Router()
     asked = request(range(100), request_id="first")
     router.record(asked, price(router, asked, candidate("a")))
-    assert order(router.rank(request([7] * 50), [candidate("a", unreported=["first"]), candidate("b")])) == ["b", "a"]
+    assert order(ranked(router, request([7] * 50), [candidate("a", unreported=["first"]), candidate("b")])) == [
+        "b",
+        "a",
+    ]
     assert price(router, request([7] * 50), candidate("a", unreported=["first"])).cost_s == 0.1 + 0.05
 
 
@@ -114,7 +148,7 @@ def test_requests_with_a_common_prefix_that_come_together_meet():
     for number in range(4):
         asked = request([*range(800), number], request_id=f"{number}")
         unreported = [f"{earlier}" for earlier in range(number)]
-        prediction = router.rank(asked, [candidate("a", unreported=unreported), candidate("b", 0.7)])[0]
+        prediction = ranked(router, asked, [candidate("a", unreported=unreported), candidate("b", 0.7)])[0]
         assert prediction.replica_id == "a"
         router.record(asked, prediction)
 
@@ -170,3 +204,72 @@ def test_an_image_counts_by_its_pixels_and_steps():
     router.record(image_request(1024), large)
     busy = candidate("a", unit_s=unit_s, unreported=["1024"])
     assert first(router, image_request(256), busy, candidate("b", 0.1, unit_s=unit_s)) == "b"
+
+
+# -- of many ----------------------------------------------------------------------------------------------------------
+
+
+def many(num: int, **of: Told) -> dict[str, Told]:
+    """So many equal replicas, and those that differ."""
+    return {f"r{number}": candidate(f"r{number}", 1.0) for number in range(num)} | of
+
+
+def test_of_many_a_few_are_looked_at_and_the_others_only_by_who_goes_on():
+    replicas = many(500)
+    rounds = Router().rounds(request(), replicas)
+    looked_at = order(next(rounds))
+    assert len(looked_at) == NUM_DRAWN and sum(each.num_looks for each in replicas.values()) == NUM_DRAWN
+    assert {*looked_at, *order(next(rounds))} == set(replicas) and sum(
+        each.num_looks for each in replicas.values()
+    ) == 500
+    assert next(rounds, None) is None
+
+
+def test_up_to_that_number_all_are_looked_at():
+    assert len(ranked(Router(), request(), [candidate(f"r{number}") for number in range(NUM_DRAWN)])) == NUM_DRAWN
+
+
+def test_each_gateway_draws_others_and_the_same_ones_again_from_the_same_seed():
+    def drawn(seed: str) -> list[set[str]]:
+        router = Router(seed=seed)
+        return [{*order(next(router.rounds(request(), many(500))))} for _ in range(3)]
+
+    assert drawn("gateway-0") == drawn("gateway-0") != drawn("gateway-1")
+    assert len({frozenset(names) for names in drawn("gateway-0")}) == 3
+
+
+def test_the_one_replica_of_many_that_has_the_prefix_gets_the_request():
+    replicas = many(500, holder=candidate("holder", 1.0, cached=range(160)))
+    assert order(next(Router().rounds(request(), replicas)))[0] == "holder"
+
+
+def test_what_was_just_sent_to_one_of_many_is_found_there():
+    router, replicas = Router(), many(500, holder=candidate("holder", 1.0))
+    asked = request()
+    router.record(asked, price(router, asked, replicas["holder"]))
+    for number in range(8):
+        assert order(next(router.rounds(request(request_id=f"{number}"), replicas)))[0] == "holder"
+
+
+def test_a_prefix_that_all_have_is_no_reason_to_look_at_all():
+    replicas = {f"r{number}": candidate(f"r{number}", cached=range(160)) for number in range(500)}
+    assert NUM_DRAWN <= len(next(Router().rounds(request(), replicas))) <= NUM_DRAWN + NUM_HOLDERS
+
+
+def test_of_many_equal_ones_a_session_has_its_own():
+    router, replicas = Router(), many(500)
+    for number in range(20):
+        asked = request(range(10), session=f"s{number}")
+        homes = {order(next(router.rounds(asked, replicas)))[0] for _ in range(3)}
+        assert homes == {home(f"s{number}", list(replicas))}
+
+
+@given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 10), st.integers())
+def test_the_longest_holders_are_those_that_have_the_most(depths, num, seed):
+    """Against sorting all of them by how much they have; a cache that has a block has those before it."""
+    keys = list(range(100, 112))
+    holdings = [(f"r{number}", {*keys[:depth]}) for number, depth in enumerate(depths)]
+    found = longest_holders(keys, holdings, num, random.Random(seed))
+    told = dict(zip((name for name, _ in holdings), depths))
+    assert len({*found}) == len(found)
+    assert sorted(told[name] for name in found) == sorted(sorted(depth for depth in depths if depth)[-num:])

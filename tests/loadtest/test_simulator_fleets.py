@@ -57,12 +57,21 @@ def test_a_step_that_was_held_up_changes_no_fit():
 
 
 def test_shares_of_a_core_add_up_by_hand():
-    costs = replace(NOTHING, request_s=0.002, token_s=1e-5, candidate_s=1e-6, block_s=1e-6, report_s=1e-5, push_s=1e-4)
+    costs = replace(
+        NOTHING,
+        request_s=0.002,
+        token_s=1e-5,
+        listed_s=1e-7,
+        candidate_s=1e-6,
+        block_s=1e-6,
+        report_s=1e-5,
+        push_s=1e-4,
+    )
     loads = costs.loads(
-        num_replicas=100, num_gateways=4, num_ranked=100, requests_per_s=400, tokens_per_s=40_000, num_prompt=1600
+        num_replicas=100, num_gateways=4, num_drawn=32, requests_per_s=400, tokens_per_s=40_000, num_prompt=1600
     )
     assert loads["gateway: requests"] == pytest.approx(0.2)
-    assert loads["gateway: ranking"] == pytest.approx(100 * (100e-6 + 100e-6))
+    assert loads["gateway: ranking"] == pytest.approx(100 * (100e-7 + 32e-6 + 100e-6))
     assert loads["gateway: tokens"] == pytest.approx(0.1)
     assert loads["gateway: load reports"] == pytest.approx(100 * 10 * 1e-5)
     assert loads["hub: pushes"] == pytest.approx(104 * 1e-4)
@@ -71,7 +80,7 @@ def test_shares_of_a_core_add_up_by_hand():
 
 
 def test_a_gateway_that_ranks_a_few_draws_others_each_time():
-    sampled = replace(SWEEP, num_ranked=2)
+    sampled = replace(SWEEP, num_drawn=2)
     done, row = at_size(sampled, 8)
     assert len({visit.replica_id for visit in done.visits}) == 8 and row["attainment"] > 0.99
     assert row["loads"]["gateway: ranking"] < at_size(SWEEP, 8)[1]["loads"]["gateway: ranking"]
