@@ -20,7 +20,12 @@ pytestmark = pytest.mark.skipif(
 
 def run(script: str) -> str:
     """In a process of its own: Triton reads the variable when it is first imported, and others may have done that."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     command = [sys.executable, Path(__file__).with_name(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,6 +34,14 @@ def run(script: str) -> str:
 
 def test_kernels_stay_within_their_stated_errors_by_the_interpreter() -> None:
     assert run("kernel_cases.py").count("within bounds") == 3
+
+
+def test_a_decoder_with_kernels_equals_transformers_and_adds_and_gates_in_three_of_them() -> None:
+    said = run("decoder_cases.py")
+    assert "llama equal" in said and "qwen3 equal" in said
+    launches = said.splitlines()[0].partition("launches ")[2].split()
+    assert (launches.count("_rms_norm"), launches.count("_silu_mul"), launches.count("linear")) == (2, 1, 4)
+    assert not {"add", "add_", "silu", "sigmoid", "native_layer_norm"} & set(launches)
 
 
 # Llama-3.1-8B, Llama-3.1-70B

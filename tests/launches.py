@@ -1,0 +1,47 @@
+"""Counts what a CUDA device would be told to compute, by what torch is told on CPU.
+
+An operation that makes or only looks at a tensor differently launches nothing; any other is taken for one kernel. A
+kernel of ours is one too. What a library launches inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "lift_fresh", "_reshape_alias"}
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in _FREE:
+            self._counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """What is launched inside, by name. Under Triton's interpreter, so that kernels of ours run on CPU."""
+    from triton.runtime.interpreter import GridExecutor
+
+    counts: Counter[str] = Counter()
+    execute = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        with _disable_current_modes():
+            return execute(self, *args, **kwargs)
+
+    with mock.patch.object(GridExecutor, "__call__", launch), _Operations(counts), torch.no_grad():
+        yield counts
