@@ -25,9 +25,15 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in _FREE:
+        out = func(*args, **(kwargs or {}))
+        is_only_looked_at = func.is_view and out is not None and _storage(out) == _storage(args[0])
+        if not is_only_looked_at and name not in _FREE:
             self._counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        return out
+
+
+def _storage(x: Any) -> int:
+    return (x[0] if isinstance(x, list | tuple) else x).untyped_storage()._cdata
 
 
 @contextmanager

@@ -18,8 +18,8 @@ PRECISION = {torch.bfloat16: 8 if DEVICE.type == "cuda" else 7, torch.float16: 1
 DTYPES = tuple(PRECISION)
 SHAPES = [(1, 1), (1, 64), (3, 100), (2, 257), (5, 1152), (1, 4096), (2, 3072), (7, 24)]
 """Rows and features."""
-SIZES = (1.0, 30.0, 1e-3)
-"""Standard deviations of inputs."""
+LAYOUTS = ((0, 1.0), (16, 30.0), (0, 1e-3))
+"""Features between rows, and the standard deviation of inputs."""
 random = torch.Generator().manual_seed(0)
 
 
@@ -42,7 +42,7 @@ def check(name: str, out: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor
 
 def rms_norm_cases() -> float:
     worst = 0.0
-    for (rows, width), dtype, gap, size in itertools.product(SHAPES, DTYPES, (0, 16), SIZES):
+    for (rows, width), dtype, (gap, size) in itertools.product(SHAPES, DTYPES, LAYOUTS):
         x, weight = draw(rows, width, dtype=dtype, size=size, gap=gap), draw(width, dtype=dtype)
         exact = rms_norm.rms_norm_reference(x.double(), weight.double(), 1e-5)
         worst = max(worst, check("rms_norm", rms_norm.rms_norm(x, weight, 1e-5), exact, 2.0**-19 * exact.abs()))
@@ -64,7 +64,7 @@ def rms_norm_cases() -> float:
 
 def silu_mul_cases() -> float:
     worst = 0.0
-    for (rows, width), dtype, gap, size in itertools.product(SHAPES, DTYPES, (0, 16), SIZES):
+    for (rows, width), dtype, (gap, size) in itertools.product(SHAPES, DTYPES, LAYOUTS):
         gate_up = draw(rows, 2 * width, dtype=dtype, size=size, gap=gap)
         exact, up = silu_mul.silu_mul_reference(gate_up.double()), gate_up[:, width:].double()
         slack = 2.0**-16 * exact.abs() + 2.0**-115 * up.abs()
@@ -78,7 +78,7 @@ def silu_mul_cases() -> float:
 def modulate_cases() -> float:
     worst = 0.0
     batches = [(1, 1, 64), (1, 3, 100), (3, 2, 257), (2, 5, 1152), (1, 2, 3072), (2, 1, 24)]
-    for (rows, tokens, width), dtype, gap, mean in itertools.product(batches, DTYPES, (0, 16), (0.0, 20.0)):
+    for (rows, tokens, width), dtype, (gap, mean) in itertools.product(batches, DTYPES, ((0, 0.0), (16, 20.0))):
         x, y = (draw(rows, tokens, width, dtype=dtype, gap=gap, mean=mean) for _ in range(2))
         shift, scale, gate = draw(rows, 3 * width, dtype=dtype).chunk(3, -1)
         worst = max(worst, *_modulate_case(x, y, shift, scale, gate))
