@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from models.attention.base import KVCacheSpec, TokenLayout
+from models.staging import Staging
 from models.text.base import DecoderSpec
 from serve.engine.engine import Engine
 from serve.request import SamplingParams
@@ -60,7 +61,7 @@ class NoAttention:
     def allocate(self, num_blocks: int) -> list[None]:
         return [None]
 
-    def plan(self, layout: TokenLayout) -> None: ...
+    def plan(self, layout: TokenLayout, staging: Staging) -> None: ...
 
 
 def markov_engine(

@@ -12,6 +12,7 @@ import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.attention.build import make_attention
+from models.staging import Staging
 from models.text.base import CausalLM, DecoderSpec, StepContext
 
 
@@ -35,6 +36,7 @@ class PagedModel:
         self.attention = (
             make_attention(attention, self.spec, model.rank_spec.num_heads) if isinstance(attention, str) else attention
         )
+        self.staging = Staging(self.spec.device)
         self.cache: list[Any] = self.attention.allocate(num_blocks)
         generator = torch.Generator().manual_seed(1)
         self.free: list[int] = torch.randperm(num_blocks, generator=generator).tolist()
@@ -60,7 +62,7 @@ class PagedModel:
             block_tables=[self.tables[name] for name in new],
         )
         positions = [self.lengths[name] + index for name, tokens in new.items() for index in range(len(tokens))]
-        context = StepContext(self.attention, self.attention.plan(layout), self.cache)
+        context = StepContext(self.attention, self.attention.plan(layout, self.staging), self.cache)
         token_ids_T = torch.tensor([token for tokens in new.values() for token in tokens])
         hidden_TD = self.model.forward(token_ids_T, torch.tensor(positions), context)
         self.num_forwards += 1

@@ -27,6 +27,7 @@ from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.cpu_decodes import ALIGN, CpuDecodes, Decodes, Gather, untouched_zeros
 from models.attention.decode_groups import runs_of
 from models.attention.dense import attend_dense
+from models.staging import Staging
 
 _TILE = 256
 """Queries of a prefill tile. Bounds the masked half of the square that is computed in vain."""
@@ -78,7 +79,7 @@ class CpuAttention:
         for layer in kv:
             layer[targets] = layer[sources]
 
-    def plan(self, layout: TokenLayout) -> _Plan:
+    def plan(self, layout: TokenLayout, staging: Staging) -> _Plan:
         self._decodes.begin_step()
         size, num_runs = self._spec.block_size, 2 * self._spec.num_kv_heads
         slots_T1 = np.array(layout.slots(size))[:, None]

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from models.attention.base import KVCacheSpec, TokenLayout
+from models.attention.base import SCALE_BYTES, KVCacheSpec, TokenLayout
 from models.attention.dense import attend_dense
+from models.attention.quantized_kv import pack, unpack
+from models.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,82 +26,91 @@ class _Rows:
     start: int
     stop: int
     slots_L: torch.Tensor
-    positions_T: torch.Tensor
-    """Of its new tokens, as positions in the sequence."""
+    told_T: torch.Tensor
+    """Of its new tokens, as positions in the sequence, where nothing is `behind`."""
+    behind: torch.Tensor | None
 
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    rows: list[_Rows]
-    slots_T: torch.Tensor
+    @property
+    def positions_T(self) -> torch.Tensor:
+        return self.told_T if self.behind is None else self.told_T - self.behind
 
 
 class SdpaAttention:
     """Cache of one layer: keys and values as [2, slots, K, H]; position p of a sequence is in slot
-    `block_table[p // block_size] * block_size + p % block_size`."""
+    `block_table[p // block_size] * block_size + p % block_size`. Quantised, a row is H bytes and those of its scale."""
 
     def __init__(self, spec: KVCacheSpec, num_heads: int):
         self._spec = spec
         self._num_heads = num_heads
 
     def allocate(self, num_blocks: int) -> list[torch.Tensor]:
-        spec = self._spec
-        shape = (2, num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
-        return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.num_layers)]
+        spec, width, dtype = self._spec, self._spec.head_dim, self._spec.dtype
+        if spec.is_quantized:
+            width, dtype = width + SCALE_BYTES, torch.uint8
+        shape = (2, num_blocks * spec.block_size, spec.num_kv_heads, width)
+        return [torch.zeros(shape, dtype=dtype, device=spec.device) for _ in range(spec.num_layers)]
 
     def copy_blocks(self, kv: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
         for layer in kv:
             blocks = layer.view(2, -1, self._spec.block_size, *layer.shape[2:])
             blocks[:, targets] = blocks[:, sources]
 
-    def plan(self, layout: TokenLayout) -> _Plan:
-        size, device = self._spec.block_size, self._spec.device
+    def plan(self, layout: TokenLayout, staging: Staging) -> list[_Rows]:
+        size = self._spec.block_size
         rows = []
         start = 0
-        for num_new, num_computed, table in zip(layout.num_new, layout.num_computed, layout.block_tables, strict=True):
-            positions_L = torch.arange(num_computed + num_new)
-            slots_L = torch.tensor(table)[positions_L // size] * size + positions_L % size
-            rows.append(_Rows(start, start + num_new, slots_L.to(device), positions_L[num_computed:].to(device)))
+        behind_S = None if layout.behind is None else staging.place(layout.behind)
+        for index, (num_new, num_computed) in enumerate(zip(layout.num_new, layout.num_computed, strict=True)):
+            positions_L = np.arange(num_computed + num_new)
+            slots_L = np.array(layout.block_tables[index], np.int64)[positions_L // size] * size + positions_L % size
+            on_device = (staging.put(values, torch.int64) for values in (slots_L, positions_L[num_computed:]))
+            behind = None if behind_S is None else behind_S[index]
+            rows.append(_Rows(start, start + num_new, *on_device, behind))
             start += num_new
-        slots_T = torch.cat([row.slots_L[len(row.slots_L) - (row.stop - row.start) :] for row in rows])
-        return _Plan(rows, slots_T)
+        return rows
 
     def attend(
         self,
         q_TNH: torch.Tensor,
         new_T2KH: torch.Tensor,
         kv: torch.Tensor,
-        plan: _Plan,
+        plan: list[_Rows],
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        keys, values = kv
-        keys[plan.slots_T], values[plan.slots_T] = new_T2KH.unbind(1)
-        return torch.cat(
-            [self._one(q_TNH[row.start : row.stop], keys, values, row, scale, window, softcap) for row in plan.rows]
-        )
+        spec = self._spec
+        slots_T = torch.cat([row.slots_L[row.positions_T] for row in plan])
+        new_2TKH = new_T2KH.transpose(0, 1)
+        kv[:, slots_T] = pack(new_2TKH, spec.kv_dtype) if spec.is_quantized else new_2TKH
+        return torch.cat([self._one(q_TNH[row.start : row.stop], kv, row, scale, window, softcap) for row in plan])
 
     def _one(
         self,
         q_TNH: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        kv: torch.Tensor,
         row: _Rows,
         scale: float,
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        spec, positions_T = self._spec, row.positions_T
         cached_L = torch.arange(len(row.slots_L), device=q_TNH.device)
-        distance_TL = row.positions_T[:, None] - cached_L[None, :]
+        kv_2LKH = kv[:, row.slots_L]
+        if spec.is_quantized:
+            kv_2LKH = unpack(kv_2LKH, spec.kv_dtype, spec.dtype)
+        if row.behind is not None:  # the last slots are not written yet, and 0 * NaN is NaN
+            kv_2LKH = kv_2LKH.masked_fill((cached_L > positions_T[-1])[:, None, None], 0)
+        distance_TL = positions_T[:, None] - cached_L[None, :]
         is_hidden_TL = distance_TL < 0
         if window is not None:
             is_hidden_TL |= distance_TL >= window
+        k_1KLH, v_1KLH = kv_2LKH.transpose(1, 2).unsqueeze(1)
         out_NTH = attend_dense(
             q_TNH.transpose(0, 1)[None],
-            keys[row.slots_L].transpose(0, 1)[None],
-            values[row.slots_L].transpose(0, 1)[None],
+            k_1KLH,
+            v_1KLH,
             torch.zeros_like(distance_TL, dtype=q_TNH.dtype).masked_fill_(is_hidden_TL, -torch.inf),
             scale=scale,
             softcap=softcap,

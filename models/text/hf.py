@@ -34,6 +34,7 @@ from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.sdpa import SdpaAttention
 from models.layers import MIN_ROWS
 from models.parallel import ALONE, Place
+from models.staging import Staging
 from models.text.architecture import read_eos
 from models.text.base import DecoderSpec, ModelError, StepContext
 from models.text.share import check_split
@@ -190,10 +191,12 @@ class TransformersDecoder:
         cache_spec = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, 4, spec.dtype, device)
         attention = SdpaAttention(cache_spec, spec.num_heads)
         cache = attention.allocate(7)
+        staging = Staging(device)
         prompt = [index * 7919 % spec.vocab_size for index in range(1, 9)]
 
         def compute(ids: list[int], positions: list[int], layout: TokenLayout) -> torch.Tensor:
-            context = StepContext(attention, attention.plan(layout), cache)
+            context = StepContext(attention, attention.plan(layout, staging), cache)
+            staging.send()
             return self.forward(torch.tensor(ids, device=device), torch.tensor(positions, device=device), context)
 
         alone = compute(prompt, list(range(8)), TokenLayout([8], [0], [[0, 1]]))
@@ -310,7 +313,7 @@ class _Skipped:
     def allocate(self, num_blocks: int) -> list[Any]:
         return []
 
-    def plan(self, layout: TokenLayout) -> None:
+    def plan(self, layout: TokenLayout, staging: Staging) -> None:
         return None
 
     def attend(self, q_TNH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.attention.build import make_attention
+from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.errors import ConfigError
 from serve.options import ModelOptions
@@ -139,7 +140,9 @@ def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, nu
     torch.cuda.synchronize(spec.device)
     torch.cuda.reset_peak_memory_stats(spec.device)
     held = torch.cuda.memory_allocated(spec.device)
-    context = StepContext(attention, attention.plan(layout), context_cache)
+    staging = Staging(spec.device)
+    context = StepContext(attention, attention.plan(layout, staging), context_cache)
+    staging.send()
     hidden_TD = model.forward(torch.zeros_like(positions), positions, context)
     if num_scored:
         logits_RV = model.logits(hidden_TD[:num_scored])

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
+from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.text.gumbel import Stream
 from serve.text.proposer import Proposed
@@ -62,6 +63,7 @@ class DraftModel:
         self.model = model
         self._attention = attention
         self._kv_cache = attention.allocate(num_blocks)
+        self._staging = Staging(cache.device)
         self._block_size = cache.block_size
         self._device = cache.device
         self._max_num_tokens = max_num_tokens
@@ -130,11 +132,12 @@ class DraftModel:
     def _forward(self, new: list[list[int]], starts: list[int], rows: list[Row]) -> torch.Tensor:
         ids = [token_id for token_ids in new for token_id in token_ids]
         positions = [start + i for start, token_ids in zip(starts, new) for i in range(len(token_ids))]
-        packed = to_device(ids + positions, self._device)
+        ids_T, positions_T = self._staging.put(ids, torch.int64), self._staging.put(positions, torch.int64)
         tables = [self._cached[row.job.id].table for row in rows]
         layout = TokenLayout([len(token_ids) for token_ids in new], starts, tables)
-        context = StepContext(self._attention, self._attention.plan(layout), self._kv_cache)
-        return self.model.forward(packed[: len(ids)], packed[len(ids) :], context)
+        context = StepContext(self._attention, self._attention.plan(layout, self._staging), self._kv_cache)
+        self._staging.send()
+        return self.model.forward(ids_T, positions_T, context)
 
     def _draw(self, logits_RV: torch.Tensor, rows: list[Row], sampler: Sampler, proposed: Proposed) -> None:
         """Append a draft to every row."""

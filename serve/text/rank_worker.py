@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from models.attention.base import AttentionBackend
 from models.attention.build import make_attention
 from models.parallel import Place
+from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.compute import SMALL_MODEL, keep_freed_memory, settle_threads, take_memory, use_huge_pages
 from serve.options import ModelOptions
@@ -20,7 +22,6 @@ from serve.ranks.spec import PeerSpec
 from serve.text.cache_size import cache_bytes
 from serve.text.load import cache_of, held_by, load_model
 from serve.text.step_message import Step, StepDecoder
-from serve.transfer import to_device
 
 
 class TextWorker:
@@ -35,6 +36,7 @@ class TextWorker:
         self._model: CausalLM
         self._attention: AttentionBackend
         self._kv_cache: list[Any] = []
+        self._staging = Staging(self._device)
         self._decoder = StepDecoder()
         self._idle_work: Iterator[bool] = iter(())
 
@@ -83,22 +85,19 @@ class TextWorker:
             next(self._idle_work, None)
             return
         step = self._decoder.decode(payload)
-        if step.copies:
-            sources, targets = to_device(list(zip(*step.copies)), self._device)
-            self._attention.copy_blocks(self._kv_cache, sources, targets)
         self._compute(step)
 
     def _compute(self, step: Step) -> None:
-        num_tokens = len(step.token_ids)
-        packed = to_device(step.token_ids + step.positions + step.wanted, self._device)
-        ids_T, positions_T, wanted_R = (
-            packed[:num_tokens],
-            packed[num_tokens : 2 * num_tokens],
-            packed[2 * num_tokens :],
-        )
+        put = self._staging.put
+        ids_T, positions_T = put(step.token_ids, torch.int64), put(step.positions, torch.int64)
+        context = StepContext(self._attention, self._attention.plan(step.layout, self._staging), self._kv_cache)
+        wanted_R, pending_P = put(step.wanted, torch.int64), put(step.pending, torch.int64)
+        copies = put(list(chain.from_iterable(zip(*step.copies))), torch.int64)
+        self._staging.send()
+        if step.copies:
+            self._attention.copy_blocks(self._kv_cache, *copies.chunk(2))
         if step.pending:
-            ids_T[to_device(step.pending, self._device)] = self._receive_tokens(len(step.pending))
-        context = StepContext(self._attention, self._attention.plan(step.layout), self._kv_cache)
+            ids_T[pending_P] = self._receive_tokens(len(step.pending))
         hidden_TD = self._model.forward(ids_T, positions_T, context)
         if not self._place.is_last:
             return

@@ -27,6 +27,7 @@ from itertools import accumulate
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
+from models.staging import CAPACITY, Staging
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
 from serve.text.candidates import find_candidates
@@ -37,6 +38,7 @@ from serve.text.peers import Peers
 from serve.text.proposer import Proposed, Proposer
 from serve.text.sampler import Proposal, Sampled, Sampler
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
+from serve.text.step_inputs import StepInputs
 from serve.text.step_message import Step
 from serve.transfer import to_device
 
@@ -91,6 +93,8 @@ class TokenRunner:
         self.kv_cache = attention.allocate(num_blocks + 1)
         self._own_table = [num_blocks]
         self._block_size = cache.block_size
+        table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
+        self._staging = Staging(cache.device, CAPACITY + table_bytes)
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._proposer = proposer
         self._rejects = rejects
@@ -113,11 +117,9 @@ class TokenRunner:
                 model,
                 attention,
                 self.kv_cache,
+                staging=self._staging,
                 own_block=num_blocks,
-                max_blocks=-(-max_model_len // cache.block_size),
-                block_size=cache.block_size,
                 max_rows=max_rows_in_graph,
-                device=cache.device,
             )
 
     # -- the contract ----------------------------------------------------------------------------------------------
@@ -247,31 +249,37 @@ class TokenRunner:
                 planned.computed = self._logits(planned)
 
     def _logits(self, planned: _Planned) -> tuple[torch.Tensor, list[PromptScores], torch.Tensor | None]:
-        step = planned.step
-        self._copy(step.copies)
-        num_tokens, layout = len(step.token_ids), step.layout
-        packed = to_device(step.token_ids + step.positions + step.wanted, self.device)
-        ids_T, positions_T, last_R = packed[:num_tokens], packed[num_tokens : 2 * num_tokens], packed[2 * num_tokens :]
-        if step.pending:
+        step, staging, graphs = planned.step, self._staging, self._graphs
+        num_tokens = len(step.token_ids)
+        if graphs is not None and (num_tokens > len(step.layout.num_new) or not graphs.covers(num_tokens)):
+            graphs = None
+        if graphs is not None:
+            inputs = graphs.put(step.token_ids, step.positions, step.layout)
+        else:
+            inputs = StepInputs.put(step.token_ids, step.positions, step.layout, self._attention, staging)
+        last_R = slice(num_tokens) if step.wants_all else staging.put(step.wanted, torch.int64)
+        pending = [staging.put(places, torch.int64) for places in (step.pending, planned.sources) if places]
+        copies = [staging.put(blocks, torch.int64) for blocks in zip(*step.copies)]
+        staging.send()
+        if copies:
+            self._attention.copy_blocks(self.kv_cache, *copies)
+        ids_T = inputs.token_ids_T
+        if pending:
             assert self._previous is not None
-            to_P, of_P = to_device(step.pending + planned.sources, self.device).split(len(step.pending))
+            to_P, of_P = pending
             ids_P = self._previous[1][of_P]
             if self.peers is not None:
                 self.peers.share(ids_P)
             ids_T[to_P] = ids_P
-        if self._graphs is not None and num_tokens == len(layout.num_new) and self._graphs.covers(num_tokens):
-            hidden_TD = self._graphs.forward(ids_T, positions_T, layout)
+        if graphs is not None:
+            hidden_TD = graphs.forward(inputs)
         else:
-            hidden_TD = self._forward(ids_T, positions_T, layout)
+            context = StepContext(self._attention, inputs.plan, self.kv_cache)
+            hidden_TD = self.model.forward(ids_T, inputs.positions_T, context)
         prompts = self._score_prompts(planned, hidden_TD) if step.scored else []
-        hidden_RD = hidden_TD if step.wants_all else hidden_TD[last_R]
+        hidden_RD = hidden_TD[last_R]
         pending_R = ids_T[last_R] if step.pending else None
         return self.model.logits(hidden_RD) if step.wanted else hidden_RD, prompts, pending_R
-
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        if copies:
-            sources, targets = to_device(list(zip(*copies)), self.device)
-            self._attention.copy_blocks(self.kv_cache, sources, targets)
 
     def _choose(
         self,
@@ -296,10 +304,6 @@ class TokenRunner:
         self._previous = (draws, sampled.token_ids_R)
         candidates = find_candidates(self._sampler, logits_RV[num_draws:], beams) if beams else None
         return take_off(rows, draws, sampled, prompts, candidates, is_async=self._is_async)
-
-    def _forward(self, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        context = StepContext(self._attention, self._attention.plan(layout), self.kv_cache)
-        return self.model.forward(ids_T, positions_T, context)
 
     def _pending(self, ids: list[int], rows: list[Row]) -> tuple[list[int], list[int]]:
         """Where PENDING stands in `ids`, which becomes 0 there, and which draws of the step before belong there."""

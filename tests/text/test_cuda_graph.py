@@ -6,24 +6,29 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from async_device import AsyncQueue
 from tiny import tiny_model
 from torch.nn import functional as F
 
 from models.attention.base import KVCacheSpec, TokenLayout
 from models.registry import load_text_model
+from models.staging import Staging
 from models.text.base import StepContext
 from serve.text.cuda_graph import SIZES, DecodeGraphs
+from serve.text.step_inputs import StepInputs
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 BLOCK, NUM_BLOCKS, MAX_BLOCKS = 4, 40, 6
+CAPACITY = 4096
 
 
 @dataclass(frozen=True)
 class Plan:
     slots_T: torch.Tensor
-    tables_TW: torch.Tensor
     lengths_T: list[torch.Tensor]
+    table_starts_T: torch.Tensor
+    tables: torch.Tensor
 
 
 class FlatAttention:
@@ -36,16 +41,22 @@ class FlatAttention:
         shape = (2, num_blocks * BLOCK, self._spec.num_kv_heads, self._spec.head_dim)
         return [torch.zeros(shape) for _ in range(self._spec.num_layers)]
 
-    def plan(self, layout: TokenLayout) -> Plan:
+    def plan(self, layout: TokenLayout, staging: Staging) -> Plan:
         assert set(layout.num_new) == {1}
-        width = max(-(-(start + 1) // BLOCK) for start in layout.num_computed)
-        tables = [(list(table) + [0] * width)[:width] for table in layout.block_tables]
-        slots = [table[start // BLOCK] * BLOCK + start % BLOCK for table, start in zip(tables, layout.num_computed)]
-        return Plan(torch.tensor(slots), torch.tensor(tables), [torch.tensor(layout.num_computed) + 1])
+        slots_T = staging.put(layout.slots(BLOCK), torch.int64)
+        lengths_T = staging.put([start + 1 for start in layout.num_computed], torch.int32)
+        blocks, starts = layout.flat_tables()
+        starts_T = staging.put(starts, torch.int32)
+        return Plan(slots_T, [lengths_T], starts_T, staging.put(blocks, torch.int32))
 
     def attend(self, q_TNH, new_T2KH, kv, plan, *, scale, window=None, softcap=None):
         kv[0][plan.slots_T], kv[1][plan.slots_T] = new_T2KH.unbind(1)
-        slots_TL = (plan.tables_TW[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+        # All of the buffer behind the tables' start, as a kernel reads it: a graph is not told how long they are.
+        storage = plan.tables.untyped_storage()
+        every = torch.empty(0, dtype=torch.int32).set_(storage)[plan.tables.storage_offset() :]
+        at_TW = (plan.table_starts_T[:, None] + torch.arange(MAX_BLOCKS)).clamp(max=len(every) - 1)
+        tables_TW = every[at_TW].clamp(0, NUM_BLOCKS)
+        slots_TL = (tables_TW[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
         mask_T11L = (torch.arange(slots_TL.shape[1]) < plan.lengths_T[0][:, None])[:, None, None]
         keys, values = (part[slots_TL].transpose(1, 2) for part in kv)
         out = F.scaled_dot_product_attention(
@@ -81,67 +92,74 @@ def parts(model):
     kv_cache = attention.allocate(NUM_BLOCKS + 1)
     for layer in kv_cache:
         layer.normal_(generator=torch.Generator().manual_seed(3))
+    staging = Staging(CPU, CAPACITY, AsyncQueue())
     graphs = DecodeGraphs(
-        model,
-        attention,
-        kv_cache,
-        own_block=NUM_BLOCKS,
-        max_blocks=MAX_BLOCKS,
-        block_size=BLOCK,
-        max_rows=10,
-        device=CPU,
-        capture=captures,
+        model, attention, kv_cache, staging=staging, own_block=NUM_BLOCKS, max_rows=10, capture=captures
     )
-    return graphs, attention, kv_cache, captures
+    return graphs, attention, kv_cache, captures, staging
 
 
-def step(num_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, TokenLayout]:
+def compute(parts, ids: list[int], positions: list[int], layout: TokenLayout) -> torch.Tensor:
+    graphs, _, _, _, staging = parts
+    inputs = graphs.put(ids, positions, layout)
+    staging.send()
+    return graphs.forward(inputs)[: len(ids)]
+
+
+def step(num_rows: int, seed: int) -> tuple[list[int], list[int], TokenLayout]:
     """Decodes at random lengths on blocks of their own."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, 4 * BLOCK, (num_rows,), generator=generator).tolist()
     order = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
     tables = [order[4 * i : 4 * i + 4] for i in range(num_rows)]
-    ids = torch.randint(0, 250, (num_rows,), generator=generator)
-    return ids, torch.tensor(starts), TokenLayout([1] * num_rows, starts, tables)
+    ids = torch.randint(0, 250, (num_rows,), generator=generator).tolist()
+    return ids, starts, TokenLayout([1] * num_rows, starts, tables)
 
 
 @torch.inference_mode()
 def test_replayed_steps_equal_plain_ones_for_every_number_of_rows(parts, model):
-    graphs, attention, kv_cache, _ = parts
+    graphs, attention, kv_cache, _, staging = parts
     graphs.warm_up()
+    while graphs.capture_next():
+        pass
+    plain = Staging(CPU)
     for seed, num_rows in enumerate((10, 1, 7, 3, 10, 2, 9, 8, 1)):
         ids, positions, layout = step(num_rows, seed)
         before = [layer.clone() for layer in kv_cache]
-        expected = model.forward(ids, positions, StepContext(attention, attention.plan(layout), kv_cache))
+        inputs = StepInputs.put(ids, positions, layout, attention, plain)
+        context = StepContext(attention, inputs.plan, kv_cache)
+        expected = model.forward(inputs.token_ids_T, inputs.positions_T, context)
         after = [layer[:, : NUM_BLOCKS * BLOCK].clone() for layer in kv_cache]
         for layer, old in zip(kv_cache, before):
             layer.copy_(old)
-        torch.testing.assert_close(graphs.forward(ids, positions, layout), expected, atol=1e-5, rtol=1e-5)
+        num_copies = staging.num_copies
+        torch.testing.assert_close(compute(parts, ids, positions, layout), expected, atol=1e-5, rtol=1e-5)
+        assert staging.num_copies == num_copies + 1
         for layer, wanted in zip(kv_cache, after):
             torch.testing.assert_close(layer[:, : NUM_BLOCKS * BLOCK], wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
 def test_few_sizes_are_captured_before_ready_and_each_other_once(parts):
-    graphs, _, _, captures = parts
+    graphs, _, _, captures, _ = parts
     graphs.warm_up()
     assert captures.num == 3
     for seed, num_rows in enumerate((1, 2, 2, 3, 4, 8, 10, 12)):
-        graphs.forward(*step(min(num_rows, 10), seed))
+        compute(parts, *step(min(num_rows, 10), seed))
     assert captures.num == 5  # 2 and 4 came later
 
 
 @torch.inference_mode()
 def test_the_rest_is_captured_one_by_one_and_no_size_twice(parts):
-    graphs, _, _, captures = parts
+    graphs, _, _, captures, _ = parts
     graphs.warm_up()
-    graphs.forward(*step(2, 0))
+    compute(parts, *step(2, 0))
     assert captures.num == 4  # of 1, 2, 4, 8 and 12
     assert not graphs.capture_next()
     assert captures.num == 5
     assert not graphs.capture_next()
     for seed, num_rows in enumerate((1, 2, 3, 8, 10)):
-        graphs.forward(*step(num_rows, seed))
+        compute(parts, *step(num_rows, seed))
     assert captures.num == 5
 
 

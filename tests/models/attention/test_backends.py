@@ -10,9 +10,11 @@ import torch
 from models.attention import cpu, cpu_decodes
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.attention.build import make_attention
+from models.staging import Staging
 
 FAST = ("cpu",)
 NUM_BLOCKS = 96
+STAGING = Staging(torch.device("cpu"))
 HEADS = ((4, 2, 16), (4, 4, 32), (6, 1, 64), (16, 8, 128))
 TOLERANCE = {
     torch.float32: {"atol": 2e-6, "rtol": 1e-5},  # sums over at most 600 keys
@@ -124,7 +126,7 @@ def test_decodes_that_begin_with_the_same_blocks_equal_the_reference(
     def run(new: dict[str, int]) -> None:
         layout, q, new_kv = steps.next(new)
         found, expected = (
-            attention.attend(q, new_kv, kv, attention.plan(layout), scale=0.2)
+            attention.attend(q, new_kv, kv, attention.plan(layout, STAGING), scale=0.2)
             for attention, kv in zip((backend, reference), layers, strict=True)
         )
         torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
@@ -179,9 +181,9 @@ def test_a_step_that_was_planned_and_never_computed_is_made_good() -> None:
     for number, new in enumerate([{"a": 20, "b": 33}, *[{"a": 1, "b": 1}] * 6]):
         layout, q, new_kv = steps.next(new)
         if number == 3:  # the step fails after the plan, before the first layer, and is repeated
-            backend.attend(q, new_kv, torch.zeros_like(ours), backend.plan(layout), scale=1.0)
-        out = backend.attend(q, new_kv, ours, backend.plan(layout), scale=1.0)
-        torch.testing.assert_close(out, reference.attend(q, new_kv, theirs, reference.plan(layout), scale=1.0))
+            backend.attend(q, new_kv, torch.zeros_like(ours), backend.plan(layout, STAGING), scale=1.0)
+        out = backend.attend(q, new_kv, ours, backend.plan(layout, STAGING), scale=1.0)
+        torch.testing.assert_close(out, reference.attend(q, new_kv, theirs, reference.plan(layout, STAGING), scale=1.0))
 
 
 def test_decode_on_cpu_is_bit_equal_alone_and_in_any_batch(dtype: torch.dtype) -> None:
@@ -202,11 +204,11 @@ def test_blocks_of_a_poisoned_sequence_are_safe_to_reuse(dtype: torch.dtype) -> 
     ones = torch.ones(64, 2, 2, 16, dtype=dtype)
     poisoned = TokenLayout(num_new=[64], num_computed=[0], block_tables=[[0, 1, 2, 3]])
     nan = float("nan")
-    attention.attend(ones[:, 0].repeat(1, 2, 1), ones * nan, cache, attention.plan(poisoned), scale=1.0)
+    attention.attend(ones[:, 0].repeat(1, 2, 1), ones * nan, cache, attention.plan(poisoned, STAGING), scale=1.0)
     for start, num in ((0, 18), (18, 1), (19, 14), (33, 1)):
         layout = TokenLayout(num_new=[num], num_computed=[start], block_tables=[[2, 0, 1]])
         q = ones[:num, 0].repeat(1, 2, 1)
-        out = attention.attend(q, ones[:num], cache, attention.plan(layout), scale=1.0)
+        out = attention.attend(q, ones[:num], cache, attention.plan(layout, STAGING), scale=1.0)
         torch.testing.assert_close(out, torch.ones_like(out))
 
 
@@ -217,7 +219,7 @@ def test_a_poisoned_sequence_gives_nan_and_its_mates_their_numbers(dtype: torch.
     layout = TokenLayout(num_new=[1, 1], num_computed=[0, 0], block_tables=[[0], [1]])
     new = torch.ones(2, 2, 2, 16, dtype=dtype)
     new[0] = float("nan")
-    out = attention.attend(torch.ones(2, 4, 16, dtype=dtype), new, cache, attention.plan(layout), scale=1.0)
+    out = attention.attend(torch.ones(2, 4, 16, dtype=dtype), new, cache, attention.plan(layout, STAGING), scale=1.0)
     assert out[0].isnan().all()
     torch.testing.assert_close(out[1], torch.ones_like(out[1]))
 
@@ -239,9 +241,9 @@ def test_the_compiled_loop_rounds_only_its_result() -> None:
     (cache,) = attention.allocate(NUM_BLOCKS)
     steps = Steps(spec, 6)
     layout, q, new = steps.next({"a": 400})
-    attention.attend(q, new, cache, attention.plan(layout), scale=0.3)
+    attention.attend(q, new, cache, attention.plan(layout, STAGING), scale=0.3)
     layout, q, new = steps.next({"a": 1})
-    (out,) = attention.attend(q, new, cache, attention.plan(layout), scale=0.3)
+    (out,) = attention.attend(q, new, cache, attention.plan(layout, STAGING), scale=0.3)
     keys, values = cache[steps.tables["a"]].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :401]
     weights = torch.softmax(q.double().view(2, 3, 64) @ keys.mT * 0.3, -1)
     torch.testing.assert_close(out.double(), (weights @ values).view(6, 64), rtol=2**-8, atol=1e-5)
@@ -260,9 +262,11 @@ def compare(
     (ours,), (theirs,) = attention.allocate(NUM_BLOCKS), reference.allocate(NUM_BLOCKS)
     for new in schedule:
         layout, q, new_kv = steps.next(new)
-        out = attention.attend(q, new_kv, ours, attention.plan(layout), scale=0.3, window=window, softcap=softcap)
+        out = attention.attend(
+            q, new_kv, ours, attention.plan(layout, STAGING), scale=0.3, window=window, softcap=softcap
+        )
         expected = reference.attend(
-            q, new_kv, theirs, reference.plan(layout), scale=0.3, window=window, softcap=softcap
+            q, new_kv, theirs, reference.plan(layout, STAGING), scale=0.3, window=window, softcap=softcap
         )
         torch.testing.assert_close(out, expected, **TOLERANCE[spec.dtype])
 
@@ -276,7 +280,7 @@ def decode_with(lengths: dict[str, int], spec: KVCacheSpec) -> dict[str, torch.T
     for name, length in lengths.items():
         steps.generator.manual_seed(ord(name))
         layout, q, new_kv = steps.next({name: length})
-        attention.attend(q, new_kv, cache, attention.plan(layout), scale=0.3)
+        attention.attend(q, new_kv, cache, attention.plan(layout, STAGING), scale=0.3)
         queries.append(steps.next({name: 1})[1:])
     layout = TokenLayout(
         num_new=[1] * len(lengths),
@@ -284,7 +288,7 @@ def decode_with(lengths: dict[str, int], spec: KVCacheSpec) -> dict[str, torch.T
         block_tables=[steps.tables[name] for name in lengths],
     )
     q, new_kv = (torch.cat(parts) for parts in zip(*queries, strict=True))
-    out = attention.attend(q, new_kv, cache, attention.plan(layout), scale=0.3)
+    out = attention.attend(q, new_kv, cache, attention.plan(layout, STAGING), scale=0.3)
     return dict(zip(lengths, out, strict=True))
 
 
