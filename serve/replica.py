@@ -25,7 +25,7 @@ from serve.channel_server import ChannelServer
 from serve.demand import SAMPLE_PERIOD_S, Demand
 from serve.errors import EngineDead
 from serve.fingerprint import fingerprint
-from serve.hub import Address, HubClient, ReplicaEntry
+from serve.hub_client import Address, HubClient
 from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.ranks.launch import Launcher
@@ -34,6 +34,7 @@ from serve.request import ModelCard
 from serve.text.draft_length import AdaptiveLength
 from serve.text.prefix_digest import PrefixDigest
 from serve.tracing import JobSpans, start_tracing
+from serve.wire import ReplicaEntry
 
 log = logging.getLogger(__name__)
 

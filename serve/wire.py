@@ -26,7 +26,7 @@ from serve.events import Event
 from serve.metrics import Snapshot
 from serve.request import ModelCard, Request
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever a frame changes: processes of different versions refuse each other at once."""
 MAX_FRAME_BYTES = 64 << 20
 """Bounds what a peer can make this process hold. The largest frames are tokenizer bundles (about 20 MB today) and the
@@ -239,10 +239,23 @@ class Register(Frame, frozen=True):
     entry: ReplicaEntry
 
 
+class Follow(Frame, frozen=True):
+    """Gateway → hub: tell of all replicas, and from then on of changes."""
+
+
 class Entries(Frame, frozen=True):
-    """Hub → process: all registered replicas, at first and after each change."""
+    """Hub → gateway that follows, first: all registered replicas."""
 
     entries: list[ReplicaEntry]
+
+
+class Change(Frame, frozen=True):
+    """Hub → gateway that follows: what differs from what it was told before. Hub → replica: it is registered."""
+
+    came: list[ReplicaEntry]
+    """New, or another entry than before."""
+    gone: list[str]
+    """Ids."""
 
 
 class Scrape(Frame, frozen=True):
@@ -260,7 +273,7 @@ class Exposition(Frame, frozen=True):
 
 FRAMES: tuple[type[Frame], ...] = (
     Ping, Hello, Welcome, Submit, Accepted, Refused, Step, Cancel, Credit, TurnedAway, LoadReport, PrefixReport, Drain,
-    Join, Push, Register, Entries, Scrape, Exposition,
+    Join, Push, Register, Follow, Entries, Change, Scrape, Exposition,
 )  # fmt: skip
 """A frame's kind is its place here."""
 

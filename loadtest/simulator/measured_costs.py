@@ -17,10 +17,14 @@ from serve import wire
 from serve.backend import Backend, EventStream, Load
 from serve.channel import ChannelClient
 from serve.channel_server import ChannelServer
+from serve.connection import connect
 from serve.gateway.pool import Pool, Remote
 from serve.gateway.routing import Router
 from serve.gateway.shortlist import NUM_DRAWN
+from serve.hub import Hub
 from serve.prefix_view import PrefixView
+from serve.recorder import Recorder
+from serve.registry import Registry
 from serve.request import ModelCard, Request
 from serve.wire import ReplicaEntry
 
@@ -28,13 +32,14 @@ FAST = TextDevice(base_s=0.010, row_s=0.0, unit_s=0.0, kv_cache_tokens=163_840, 
 NUM_REQUESTS, NUM_PROMPT = 240, 1020
 NUM_STREAMS, NUM_TOKENS = 24, 200
 NUM_REPORTS = 2000
+NUM_FOLLOWERS = 50
 
 
 async def measure_costs() -> Costs:
     """About 20 s."""
     listed_s, candidate_s, block_s = await _placing()
     request_s, token_s, snapshot = await _gateway()
-    entry_s, member_s = _announcing()
+    change_s, follower_s, update_s = await _announcing()
     report_s, send_report_s = await _reports()
     return Costs(
         request_s=request_s,
@@ -45,8 +50,9 @@ async def measure_costs() -> Costs:
         report_s=report_s,
         send_report_s=send_report_s,
         push_s=_pushes(snapshot),
-        entry_s=entry_s,
-        member_s=member_s,
+        change_s=change_s,
+        follower_s=follower_s,
+        update_s=update_s,
     )
 
 
@@ -128,16 +134,47 @@ def _pushes(push: wire.Push) -> float:
     return _seconds(lambda: wire.decode(kind, payload, accepts), 200)
 
 
-def _announcing() -> tuple[float, float]:
-    """A list of replicas for one member: by entry, and the rest. Writing it to the socket is not counted."""
+async def _announcing() -> tuple[float, float, float]:
+    """A change of the list of 1000 replicas at the hub, with nobody told; each gateway that is told, up to the socket;
+    and a gateway's own part of it, for each replica on the list."""
+    entries = [ReplicaEntry(f"replica-{n}", "model", "text", f"tcp:10.0.0.{n}:7000") for n in range(1000)]
+    registry, secret, clients = Registry(Recorder("hub", "hub")), secrets.token_bytes(32), []
+    for entry in entries:
+        registry.put(entry)
 
-    def once(num_entries: int) -> float:
-        entries = [ReplicaEntry(f"replica-{n}", "model", "text", f"tcp:10.0.0.{n}:7000") for n in range(num_entries)]
-        return _seconds(lambda: wire.encode(wire.Entries(entries)), 50)
+    async def change() -> float:
+        rounds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            for entry in entries[:100]:
+                registry.put(entry)
+                await asyncio.sleep(0)
+            rounds.append((time.perf_counter() - began) / 100)
+        return min(rounds)
 
-    few, many = once(10), once(1000)
-    entry_s = (many - few) / 990
-    return entry_s, max(0.0, few - 10 * entry_s)
+    change_s = await change()
+    with tempfile.TemporaryDirectory() as folder:
+        hub = Hub(secret)
+        hub.registry = registry
+        address = await hub.start(f"unix:{folder}/hub")
+        accepts = frozenset({wire.Entries, wire.Change})
+        for number in range(NUM_FOLLOWERS):
+            clients.append(client := await connect(address, secret=secret, purpose="hub", accepts=accepts))
+            client.send(wire.Join(f"gateway-{number}", "life"))
+            client.send(wire.Follow())
+        while len(registry._followers) < NUM_FOLLOWERS:
+            await asyncio.sleep(0.01)
+        for client in clients:
+            client._transport.pause_reading()  # they are in this process too
+        follower_s = (await change() - change_s) / NUM_FOLLOWERS
+        for client in clients:
+            client.abort("measured")
+        await hub.aclose()
+    pool = Pool(lambda entry, on_lost: asyncio.Future())
+    pool.update(entries)
+    update_s = _seconds(lambda: pool.update(entries), 20) / len(entries)
+    await pool.aclose()
+    return change_s, follower_s, update_s
 
 
 def _seconds(call: Callable[[], object], num: int) -> float:

@@ -78,7 +78,7 @@ def at_size(sweep: Sweep, num_replicas: int) -> tuple[Run, dict[str, Any]]:
         "gateway_busiest": done.busiest["gateway"],
         "loads": loads,
         "first": max(loads, key=lambda name: loads[name]),
-        "announce_s": sweep.costs.announce_s(num_replicas, num_gateways),
+        "announce_s": sweep.costs.announce_s(num_gateways),
     }
     return done, row
 

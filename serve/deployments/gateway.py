@@ -17,10 +17,10 @@ from serve.deployments.node import node_address, num_nodes
 from serve.deployments.router import ChosenReplicaRouter
 from serve.gateway.gateway import Gateway
 from serve.gateway.hold import Sleeper
-from serve.hub import ReplicaEntry
 from serve.logs import configure_logging
 from serve.options import GatewayOptions
 from serve.request import ModelCard
+from serve.wire import ReplicaEntry
 
 MEETING_S = 20.0
 """For replicas to be met before a gateway listens that may follow another: those that run register within seconds."""

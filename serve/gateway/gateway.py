@@ -20,7 +20,7 @@ from serve.gateway.routing import Router
 from serve.gateway.server import GatewayServer
 from serve.gateway.telemetry import Telemetry
 from serve.gateway.tracing import GatewayTracing, TracedReplica
-from serve.hub import Address, HubClient
+from serve.hub_client import Address, HubClient
 from serve.options import GatewayOptions
 from serve.recorder import Recorder
 from serve.request import ModelCard

@@ -16,7 +16,8 @@ from gateway_image_fakes import FakeImageBackend
 from serve.channel_server import ChannelServer
 from serve.errors import ConfigError, EngineDead
 from serve.gateway.gateway import Gateway
-from serve.hub import Hub, HubClient
+from serve.hub import Hub
+from serve.hub_client import HubClient
 from serve.options import GatewayOptions
 from serve.recorder import Recorder
 

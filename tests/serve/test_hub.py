@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve import hub as hub_module
+from serve import hub_client as client_module
+from serve import registry as registry_module
 from serve import wire
 from serve.errors import Unavailable
-from serve.hub import Hub, HubClient, ReplicaEntry
+from serve.hub import Hub
+from serve.hub_client import HubClient
 from serve.recorder import Recorder
+from serve.registry import Registry
+from serve.wire import ReplicaEntry
 
 SECRET = b"s" * 32
 TOKENS = "tandem_output_tokens_total"
@@ -112,6 +116,73 @@ def test_gateways_learn_of_replicas_that_come_and_go(address):
     run(test)
 
 
+class Follower:
+    """Connected by hand: what the hub writes to a process, frame by frame."""
+
+    def __init__(self, connection):
+        self.frames: list[wire.Frame] = []
+        self.connection = connection
+        connection.attach(self)
+
+    def received(self, frame: wire.Frame) -> None:
+        self.frames.append(frame)
+
+    def gather(self):
+        return ()
+
+    def writable(self) -> None: ...
+
+    def lost(self, reason: str) -> None: ...
+
+    @classmethod
+    async def join(cls, address: str, process: str) -> Follower:
+        accepts = frozenset({wire.Entries, wire.Change, wire.Exposition})
+        made = cls(await client_module.connect(address, secret=SECRET, purpose="hub", accepts=accepts))
+        made.connection.send(wire.Join(process, "life"))
+        return made
+
+
+def test_followers_are_told_all_once_and_then_what_changes_and_replicas_only_of_themselves(address):
+    async def test() -> None:
+        async with running(address) as hub, member(address, "replica-0") as zero:
+            await zero.register(entry("replica-0"))
+            gateway, replica = await Follower.join(address, "gateway-0"), await Follower.join(address, "replica-1")
+            gateway.connection.send(wire.Follow())
+            await until(lambda: gateway.frames == [wire.Entries([entry("replica-0")])])
+            coming = dataclasses.replace(entry("replica-1"), address="")
+            for said in (coming, entry("replica-1")):
+                replica.connection.send(wire.Register(said))
+                await until(lambda said=said: replica.frames[-1:] == [wire.Change([said], [])])
+            await zero.aclose()
+            await until(lambda: gateway.frames[-1] == wire.Change([], ["replica-0"]))
+            told = [entry for frame in gateway.frames[1:] for entry in frame.came]
+            assert told[-1] == entry("replica-1") and {each.replica_id for each in told} == {"replica-1"}
+            assert len(replica.frames) == 2 and hub.entries() == [entry("replica-1")]
+            gateway.connection.close()
+            replica.connection.close()
+
+    run(test)
+
+
+def test_a_change_is_encoded_once_however_many_follow(monkeypatch):
+    encoded: list[wire.Frame] = []
+    monkeypatch.setattr(registry_module.wire, "encode", lambda frame: encoded.append(frame) or wire.HEADER.pack(0, 0))
+
+    async def test() -> None:
+        registry, told = Registry(Recorder("hub", "hub")), []
+        for _ in range(50):
+            registry.follow(lambda frame: told.append(frame))
+        encoded.clear()
+        told.clear()
+        for number in range(3):  # in one turn of the event loop
+            registry.put(entry(f"replica-{number}"))
+        registry.remove(entry("replica-1"))
+        await until(lambda: len(told) == 50)
+        assert encoded == [wire.Change([entry("replica-0"), entry("replica-2")], ["replica-1"])]
+
+    run(test)
+
+
 def test_starts_of_replicas_are_counted_and_lost_connections_are_none(address):
     async def test() -> None:
         clock = Clock()
@@ -141,7 +212,7 @@ def test_a_process_that_comes_back_replaces_its_older_connection(address):
 
 
 def test_a_hub_that_is_restarted_is_joined_again_and_gateways_do_not_drop_replicas_meanwhile(address, monkeypatch):
-    monkeypatch.setattr(hub_module, "SETTLE_S", 0.5)
+    monkeypatch.setattr(client_module, "SETTLE_S", 0.5)
 
     async def test() -> None:
         addresses = ["tcp:127.0.0.1:1", address]
@@ -176,7 +247,7 @@ def test_a_hub_that_is_restarted_is_joined_again_and_gateways_do_not_drop_replic
 
 
 def test_counters_never_fall_between_gateways_and_add_up(address, monkeypatch):
-    monkeypatch.setattr(hub_module, "PUSH_PERIOD_S", 0.01)
+    monkeypatch.setattr(client_module, "PUSH_PERIOD_S", 0.01)
 
     async def test() -> None:
         recorders = {name: recorder(name) for name in ("gateway-0", "gateway-1", "replica-0", "replica-1")}
@@ -287,11 +358,11 @@ def test_a_hub_that_cannot_be_reached_is_named_after_a_bounded_time(address):
     run(test)
 
 
-@pytest.mark.parametrize("frame", [wire.Register(entry("x")), wire.Scrape(1), wire.Join("", "life")])
+@pytest.mark.parametrize("frame", [wire.Register(entry("x")), wire.Follow(), wire.Scrape(1), wire.Join("", "life")])
 def test_frames_before_a_name_end_the_connection(address, frame):
     async def test() -> None:
         async with running(address) as hub:
-            connection = await hub_module.connect(
+            connection = await client_module.connect(
                 address, secret=SECRET, purpose="hub", accepts=frozenset({wire.Entries, wire.Exposition})
             )
             connection.send(frame)

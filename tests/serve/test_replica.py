@@ -22,10 +22,11 @@ from serve import replica as replica_module
 from serve.channel import ChannelClient
 from serve.errors import ConfigError, Draining, EngineDead
 from serve.events import Finished, ImagePreview, ImageReady, TokenDelta
-from serve.hub import Hub, ReplicaEntry
+from serve.hub import Hub
 from serve.options import ModelOptions
 from serve.replica import Replica, Served
 from serve.request import ImageRequest, SamplingParams, TextRequest
+from serve.wire import ReplicaEntry
 
 SECRET = b"s" * 32
 ROOT = Path(__file__).resolve().parent.parent.parent
