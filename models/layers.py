@@ -9,14 +9,15 @@ Legend: T tokens, D input features, E output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
 from models.kernels.available import has_kernels
 from models.parallel import Place
+from models.weights import Cut, Storage
 
 MIN_ROWS = 4
 """On CPU a product with fewer rows is padded to this many: packed float32 rounds a lone row differently at some shapes,
@@ -57,6 +58,17 @@ class Linear:
             start += size
         return named
 
+    def cuts(self, prefix: str, dim: int, start: int) -> dict[str, Cut]:
+        """Of the tensors of a part that is a shard, from output (dim 0) or input feature (1) `start` on."""
+        kinds = ("weight", "bias") if dim == 0 else ("weight",)
+        return {f"{prefix}.{kind}": Cut(dim, start) for kind in kinds}
+
+    def reorder(self, order_E: torch.Tensor) -> None:
+        """Put output feature `order_E[i]` at i. Between filling and `finish`, and keeping the views of `parameters`."""
+        self.weight_ED.copy_(self.weight_ED[order_E])
+        if self.bias_E is not None:
+            self.bias_E.copy_(self.bias_E[order_E])
+
     def finish(self) -> None:
         """On CPU, reorder the weights once into oneDNN's blocked layout and drop the plain ones.
 
@@ -85,20 +97,39 @@ class Linear:
         return residual_TE, F.linear(x_TD, self.weight_ED, self.bias_E)
 
 
+class Matrix(Protocol):
+    """What a layer computes with: `Linear`, or a quantised one (`models/quantized`)."""
+
+    def parameters(self) -> Mapping[str, Storage]: ...
+
+    def cuts(self, prefix: str, dim: int, start: int) -> dict[str, Cut]: ...
+
+    def reorder(self, order_E: torch.Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor: ...
+
+    def add_to(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
 class SummedLinear:
-    """A `Linear` over a shard of the input features: the shards' products are added, one of them has the bias.
+    """A matrix over a shard of the input features: the shards' products are added, one of them has the bias.
 
     The sum comes before the residual, so that in bfloat16 the residual is rounded once, as on one rank.
     """
 
     __slots__ = ("_linear", "_place")
 
-    def __init__(self, linear: Linear, place: Place):
+    def __init__(self, linear: Matrix, place: Place):
         self._linear = linear
         self._place = place
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> Mapping[str, Storage]:
         return self._linear.parameters()
+
+    def cuts(self, prefix: str, dim: int, start: int) -> dict[str, Cut]:
+        return self._linear.cuts(prefix, dim, start)
 
     def finish(self) -> None:
         self._linear.finish()
@@ -136,6 +167,9 @@ class GatedLinear:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return self._gate.parameters() | self._up.parameters()
+
+    def cuts(self, prefix: str, dim: int, start: int) -> dict[str, Cut]:
+        return self._gate.cuts(prefix, dim, start)
 
     def finish(self) -> None:
         self._gate.finish()

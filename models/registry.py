@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from models.parallel import ALONE, Place
+from models.quantize import Quantization
 from models.text import llama, mistral, qwen2, qwen3
 from models.text.architecture import DenseArchitecture, read_eos
 from models.text.base import CausalLM, ModelError
@@ -34,20 +35,28 @@ def load_text_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     load_format: str = "auto",
+    quantization: str | None = None,
     max_model_len: int | None = None,
     place: Place = ALONE,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The language model in `folder`, ready to compute on `device`.
 
-    `dtype` None: as stored. `load_format` "dummy": random weights. `max_model_len`: positions that will be
+    `dtype` None: as stored. `load_format` "dummy": random weights. `quantization`: what the layers' matrices are
+    quantised to as they are loaded (`models/quantize.py`); None: as stored. `max_model_len`: positions that will be
     served, where fewer than the model was made for (a smaller table of positions; LongRoPE chooses its factors by it).
     `place`: the rank whose part of the model is loaded and computed; all ranks load.
     Raises ModelError or WeightsError.
     """
     config = read_config(folder)
     read = NATIVE.get(architecture_name(config))
+    scheme = Quantization.of(config, quantization, load_format=load_format)
     if read is None:
+        if scheme.rules:
+            raise ModelError(
+                f"{folder} is a {architecture_name(config)}, whose layers are run by transformers and not quantised "
+                f"here; quantised models are computed of {', '.join(NATIVE)}"
+            )
         # Imported here: transformers takes as long to import as a small model takes to load.
         from models.text.hf import load_transformers
 
@@ -66,11 +75,9 @@ def load_text_model(
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     longest = architecture.spec.max_positions
     wanted, num_positions = dtype or architecture.spec.dtype, min(max_model_len or longest, longest)
-    model = (
-        Decoder(architecture, dtype=wanted, device=device, num_positions=num_positions)
-        if place.is_alone
-        else DecoderRank(architecture, place, dtype=wanted, device=device, num_positions=num_positions)
-    )
+    scheme.check(wanted, device, is_asked=quantization is not None and "quantization_config" not in config)
+    given: Any = {"dtype": wanted, "device": device, "num_positions": num_positions, "quantization": scheme}
+    model = Decoder(architecture, **given) if place.is_alone else DecoderRank(architecture, place, **given)
     model.load(folder, load_format=load_format, progress=progress)
     return model
 
@@ -80,9 +87,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "config.json")
     if config is None:
         raise ModelError(f"{folder} has no config.json; give the folder of a model in Hugging Face layout")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{folder} is quantized ({method}), which is not computed here; use the unquantized model")
     generation = _read_json(folder / "generation_config.json") or {}
     ids = dict.fromkeys((*read_eos(config), *read_eos(generation)))
     return {**config, "eos_token_id": list(ids)}

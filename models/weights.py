@@ -1,8 +1,9 @@
 """Weights from safetensors into a model's own storage: one tensor at a time, straight to its device, dtype and place.
 
 A model offers `parameters()`, checkpoint name → storage, where several names may be slices of one fused matrix. Nothing
-larger than one tensor exists twice. safetensors itself checks the bounds in its headers. A rank that holds part of a
-model says which part of a tensor its storage is (`Cut`), and only that is read.
+larger than one tensor exists twice; a storage may keep what it is given in another form (`models/quantized`).
+safetensors itself checks the bounds in its headers. A rank that holds part of a model says which part of a tensor its
+storage is (`Cut`), and only that is read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +23,38 @@ from models.weight_files import WeightsError, weight_files
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
-_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias")
-"""Endings of tensors that old checkpoints carry though they follow from the config."""
-
+_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".weight_shape")
+"""Endings of tensors that checkpoints carry though they follow from the config."""
+_CALIBRATED = (".input_scale", ".activation_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+"""Endings of scales for activations and caches, which are scaled here by what they hold."""
 
 _DUMMY_ELEMENTS = 1 << 22
 """Random numbers from one seed: what a rank has to make beside its own, at most."""
+
+
+class Storage(Protocol):
+    """Where a checkpoint's tensor goes. A `torch.Tensor` is one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the checkpoint's tensor, or of its part that is kept here."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """That are held of it."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def numel(self) -> int:
+        """Parameters of the model that it stands for."""
+        ...
+
+    def copy_(self, tensor: torch.Tensor, /) -> Any:
+        """Take `tensor`, of this shape."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +64,7 @@ class Cut:
     dim: int
     start: int
 
-    def index(self, storage: torch.Tensor) -> tuple[slice, ...]:
+    def index(self, storage: Storage) -> tuple[slice, ...]:
         """Of the part, in the whole tensor."""
         part = slice(self.start, self.start + storage.shape[self.dim])
         return (slice(None), part) if self.dim else (part,)
@@ -45,7 +72,7 @@ class Cut:
 
 def load_weights(
     folder: Path,
-    parameters: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, Storage],
     *,
     cuts: Mapping[str, Cut] | None = None,
     whole: Mapping[str, torch.Size] | None = None,
@@ -83,7 +110,7 @@ def load_weights(
 
 
 def fill_dummy(
-    parameters: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, Storage],
     *,
     cuts: Mapping[str, Cut] | None = None,
     whole: Mapping[str, torch.Size] | None = None,
@@ -94,10 +121,13 @@ def fill_dummy(
 
     A rank's are the same numbers as in the whole model. `cuts` and `whole` as for `load_weights`.
     """
-    total = sum(parameter.nbytes for parameter in parameters.values())
+    total = sum(storage.nbytes for storage in parameters.values())
     done = 0
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, storage in parameters.items():
+            is_plain = isinstance(storage, torch.Tensor)
+            parameter = storage if is_plain else torch.empty(storage.shape, device=storage.device)
+            assert isinstance(parameter, torch.Tensor)
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith(".bias"):
@@ -105,7 +135,9 @@ def fill_dummy(
             else:
                 shape = parameter.shape if whole is None else whole[name]
                 _fill_normal(parameter, f"{seed}/{name}", shape, (cuts or {}).get(name))
-            done += parameter.nbytes
+            if not is_plain:
+                storage.copy_(parameter)
+            done += storage.nbytes
             if progress is not None:
                 progress(done, total)
 
@@ -119,7 +151,7 @@ def _check(folder: Path, files: list[Path], whole: Mapping[str, torch.Size], all
             for name in tensors.keys():  # noqa: SIM118 - a handle, not a dict
                 found.add(name)
                 if name not in whole:
-                    if name not in allowed and not name.endswith(_DERIVED):
+                    if name not in allowed and not name.endswith(_DERIVED + _CALIBRATED):
                         left_over.append(name)
                     continue
                 stored, wanted = tensors.get_slice(name).get_shape(), list(whole[name])

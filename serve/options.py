@@ -146,6 +146,11 @@ class ModelOptions:
     """auto: the checkpoint's own on CPU; on CUDA bfloat16 for what is stored in 16 or 32 bits."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shapes, nothing read but the config."""
+    quantization: Literal["fp8", "int8", "int4"] | None = only_for("text", None)
+    """What the layers' matrices are quantised to as they are loaded; embeddings, norms and head are not. fp8: e4m3, a
+    scale a row of weights and of activations, where CUDA multiplies them (Ada, Hopper). int8, int4: weights only, a
+    scale a row, or a scale and a zero point every 128 numbers. None: as stored; quantised checkpoints say it of
+    themselves (fp8, compressed-tensors)."""
     threads: int | None = bounded(None, least=1, most=1024)
     """Compute threads of each rank of a replica. None: its share of the cores (cores / ranks of all replicas on this
     machine), but one for a model of less than 30 M parameters."""
@@ -237,6 +242,8 @@ class ModelOptions:
                 f"num_replicas is {self.num_replicas}, but autoscaling_config sets how many there are; leave one of "
                 f"them out (initial_replicas is the number at the start)"
             )
+        if self.quantization == "fp8" and self.device == "cpu":
+            raise ValueError("quantization is 'fp8', but device is 'cpu', which has no kernel for it; use 'int8'")
         if self.num_gpus and self.device == "cpu":
             raise ValueError(f"num_gpus is {self.num_gpus:g}, but device is 'cpu'; leave one of them out")
         if self.num_gpus is not None and self.num_ranks > 1 and 0 < self.num_gpus < 1:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from models.layers import MIN_ROWS, GatedLinear, Linear, RMSNorm, SummedLinear
+from models.layers import MIN_ROWS, Linear, Matrix, RMSNorm, SummedLinear
 from models.parallel import ALONE, Place
+from models.quantize import FLOAT, Quantization
 from models.text.architecture import DenseArchitecture
 from models.text.base import StepContext
 from models.text.rope import RopeTable, interleave, rotate_
 from models.text.share import Share
-from models.weights import Cut, Progress, fill_dummy, load_weights
+from models.weights import Cut, Progress, Storage, fill_dummy, load_weights
 
 
 class Decoder:
@@ -30,7 +31,13 @@ class Decoder:
     """`forward` touches the device only, with the same operations for the same shapes: fit for CUDA graphs."""
 
     def __init__(
-        self, architecture: DenseArchitecture, *, dtype: torch.dtype, device: torch.device, num_positions: int
+        self,
+        architecture: DenseArchitecture,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_positions: int,
+        quantization: Quantization = FLOAT,
     ):
         spec = architecture.spec
         self.spec = self.rank_spec = replace(spec, dtype=dtype)
@@ -38,7 +45,10 @@ class Decoder:
         self.device = device
         self._embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         share = Share.of(architecture)
-        self._layers = [DecoderLayer(index, architecture, share, dtype=dtype, device=device) for index in share.layers]
+        self._layers = [
+            DecoderLayer(index, architecture, share, dtype=dtype, device=device, quantization=quantization)
+            for index in share.layers
+        ]
         self._norm = RMSNorm((spec.hidden_size,), architecture.norm_eps, dtype=dtype, device=device)
         self._head = Linear(
             spec.hidden_size, [("lm_head", spec.vocab_size)], has_bias=False, dtype=dtype, device=device
@@ -52,9 +62,12 @@ class Decoder:
         self.num_bytes_read = 0
         """Of the checkpoint's files, by `load`."""
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, Storage]:
         """Checkpoint name → the storage it fills."""
-        named = {"model.embed_tokens.weight": self._embedding_VD, "model.norm.weight": self._norm.weight}
+        named: dict[str, Storage] = {
+            "model.embed_tokens.weight": self._embedding_VD,
+            "model.norm.weight": self._norm.weight,
+        }
         for layer in self._layers:
             named.update(layer.parameters())
         if not self.architecture.ties_embeddings:
@@ -144,17 +157,18 @@ class DecoderLayer:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization = FLOAT,
     ):
         spec, inner = architecture.spec, len(share.inner)
         name = f"model.layers.{index}"
         self._num_heads, self._num_kv_heads, self._head_dim = len(share.heads), len(share.kv_heads), spec.head_dim
         heads_width, kv_width = self._num_heads * spec.head_dim, self._num_kv_heads * spec.head_dim
 
-        def linear(in_features: int, parts: list[tuple[str, int]], *, has_bias: bool) -> Linear:
+        def linear(in_features: int, parts: list[tuple[str, int]], *, has_bias: bool) -> Matrix:
             named = [(f"{name}.{part}", size) for part, size in parts]
-            return Linear(in_features, named, has_bias=has_bias, dtype=dtype, device=device)
+            return quantization.linear(in_features, named, has_bias=has_bias, dtype=dtype, device=device)
 
-        def output(in_features: int, part: str, *, has_bias: bool) -> Linear | SummedLinear:
+        def output(in_features: int, part: str, *, has_bias: bool) -> Matrix | SummedLinear:
             own = linear(in_features, [(part, spec.hidden_size)], has_bias=has_bias and place.tensor_rank == 0)
             return own if place.tensor_size == 1 else SummedLinear(own, place)
 
@@ -162,7 +176,7 @@ class DecoderLayer:
             return RMSNorm(shape, architecture.norm_eps, dtype=dtype, device=device)
 
         self._cache_index, self._name, self._share = index - share.layers.start, name, share
-        self._scale = spec.head_dim**-0.5
+        self._scale, self._device = spec.head_dim**-0.5, device
         self._window = architecture.windows[index]
         self._attention_norm, self._mlp_norm = norm(spec.hidden_size), norm(spec.hidden_size)
         # One row per query and key head, so that both are normed in one call.
@@ -174,7 +188,7 @@ class DecoderLayer:
             has_bias=architecture.has_qkv_bias,
         )
         self._output = output(heads_width, "self_attn.o_proj", has_bias=architecture.has_output_bias)
-        self._gate_up = GatedLinear(
+        self._gate_up = quantization.gated(
             spec.hidden_size,
             (f"{name}.mlp.gate_proj", inner),
             (f"{name}.mlp.up_proj", inner),
@@ -184,8 +198,8 @@ class DecoderLayer:
         )
         self._down = output(inner, "mlp.down_proj", has_bias=architecture.has_mlp_bias)
 
-    def parameters(self) -> dict[str, torch.Tensor]:
-        named = {
+    def parameters(self) -> dict[str, Storage]:
+        named: dict[str, Storage] = {
             f"{self._name}.input_layernorm.weight": self._attention_norm.weight,
             f"{self._name}.post_attention_layernorm.weight": self._mlp_norm.weight,
         }
@@ -206,21 +220,23 @@ class DecoderLayer:
                 (self._share.inner, 1),
             )
         )
-        rows = {
-            "self_attn.q_proj": heads, "self_attn.k_proj": kv_heads, "self_attn.v_proj": kv_heads,
-            "mlp.gate_proj": inner, "mlp.up_proj": inner,
-        }  # fmt: skip
-        columns = {"self_attn.o_proj": heads, "mlp.down_proj": inner}
-        return {
-            **{f"{self._name}.{part}.{kind}": Cut(0, at) for part, at in rows.items() for kind in ("weight", "bias")},
-            **{f"{self._name}.{part}.weight": Cut(1, at) for part, at in columns.items()},
-        }
+        qkv = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        at = [
+            *((self._qkv, 0, f"self_attn.{part}", start) for part, start in qkv.items()),
+            *((self._gate_up, 0, f"mlp.{part}", inner) for part in ("gate_proj", "up_proj")),
+            (self._output, 1, "self_attn.o_proj", heads),
+            (self._down, 1, "mlp.down_proj", inner),
+        ]
+        cuts = {}
+        for matrix, dim, part, start in at:
+            cuts.update(matrix.cuts(f"{self._name}.{part}", dim, start))
+        return cuts
 
     def finish(self) -> None:
         num_rotated = (self._num_heads + self._num_kv_heads) * self._head_dim
-        for rotated in (self._qkv.weight_ED, self._qkv.bias_E):
-            if rotated is not None:
-                rotated[:num_rotated] = interleave(rotated[:num_rotated], self._head_dim)
+        order_E = torch.arange(num_rotated + self._num_kv_heads * self._head_dim, device=self._device)
+        order_E[:num_rotated] = interleave(order_E[:num_rotated], self._head_dim)
+        self._qkv.reorder(order_E)
         if self._qk_norm is not None:
             flat = self._qk_norm.weight.view(-1)
             flat.copy_(interleave(flat, self._head_dim))

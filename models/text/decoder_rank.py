@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from models.layers import MIN_ROWS, Linear, RMSNorm
 from models.parallel import Place
+from models.quantize import FLOAT, Quantization
 from models.text.architecture import DenseArchitecture
 from models.text.decoder import Decoder, DecoderLayer
 from models.text.rope import RopeTable
 from models.text.share import Share
-from models.weights import Cut
+from models.weights import Cut, Storage
 
 
 class DecoderRank(Decoder):
@@ -37,12 +38,15 @@ class DecoderRank(Decoder):
         dtype: torch.dtype,
         device: torch.device,
         num_positions: int,
+        quantization: Quantization = FLOAT,
     ):
         """Raises ModelError when the model cannot be cut into that many parts."""
         spec = architecture.spec
         share = Share.of(architecture, place)
-        self.spec, self._shapes = replace(spec, dtype=dtype), _shapes(architecture)
-        self.num_parameters = sum(shape.numel() for shape in self._shapes.values())
+        self.spec = replace(spec, dtype=dtype)
+        whole = _whole(architecture, quantization)
+        self._shapes = {name: storage.shape for name, storage in whole.items()}
+        self.num_parameters = sum(storage.numel() for storage in whole.values())
         self.rank_spec = replace(
             self.spec, num_layers=len(share.layers), num_heads=len(share.heads), num_kv_heads=len(share.kv_heads)
         )
@@ -55,7 +59,8 @@ class DecoderRank(Decoder):
 
         self._embedding_VD = vocabulary(place.is_first).weight_ED
         self._layers = [
-            DecoderLayer(index, architecture, share, place, dtype=dtype, device=device) for index in share.layers
+            DecoderLayer(index, architecture, share, place, dtype=dtype, device=device, quantization=quantization)
+            for index in share.layers
         ]
         self._norm = RMSNorm((spec.hidden_size,), architecture.norm_eps, dtype=dtype, device=device)
         self._head = vocabulary(place.is_last and not self._shares_ends)
@@ -71,7 +76,7 @@ class DecoderRank(Decoder):
         """Whether the tied embedding and head of this rank are one storage: they are on the same stage."""
         return self.architecture.ties_embeddings and self.place.is_first and self.place.is_last
 
-    def parameters(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, Storage]:
         named = {name: part for layer in self._layers for name, part in layer.parameters().items()}
         num_tokens = len(self._share.tokens)
         if self.place.is_first:
@@ -139,14 +144,14 @@ class DecoderRank(Decoder):
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-def _shapes(architecture: DenseArchitecture) -> dict[str, torch.Size]:
-    """Of every tensor of the whole model; its layers are made without memory."""
-    spec, share = architecture.spec, Share.of(architecture)
-    vocabulary = torch.Size((spec.vocab_size, spec.hidden_size))
-    shapes = {_EMBEDDING: vocabulary, _NORM: vocabulary[1:]}
+def _whole(architecture: DenseArchitecture, quantization: Quantization) -> dict[str, Storage]:
+    """Every tensor of the whole model, without memory."""
+    spec, share, meta = architecture.spec, Share.of(architecture), torch.device("meta")
+    vocabulary = torch.empty(spec.vocab_size, spec.hidden_size, device=meta)
+    whole: dict[str, Storage] = {_EMBEDDING: vocabulary, _NORM: vocabulary[0]}
     if not architecture.ties_embeddings:
-        shapes[_HEAD] = vocabulary
+        whole[_HEAD] = vocabulary
     for index in share.layers:
-        layer = DecoderLayer(index, architecture, share, dtype=spec.dtype, device=torch.device("meta"))
-        shapes.update({name: parameter.shape for name, parameter in layer.parameters().items()})
-    return shapes
+        layer = DecoderLayer(index, architecture, share, dtype=spec.dtype, device=meta, quantization=quantization)
+        whole.update(layer.parameters())
+    return whole

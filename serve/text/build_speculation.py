@@ -45,6 +45,7 @@ def draft_options(options: ModelOptions, speculation: SpeculativeOptions | None)
         served_model_name=(),
         speculative_config=None,
         max_model_len=None,
+        quantization=None,  # small beside the target; one that is stored quantised stays so
         tensor_parallel_size=1,  # the driver drafts alone, with the whole draft model
         pipeline_parallel_size=1,
     )

@@ -34,6 +34,7 @@ def load_model(
             device=device,
             dtype=choose_dtype(options, device),
             load_format=options.load_format,
+            quantization=options.quantization,
             max_model_len=options.max_model_len,
             place=place,
             progress=progress,

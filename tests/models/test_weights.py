@@ -129,7 +129,7 @@ def test_index_reaches_only_files_beside_it(tmp_path: Path, name: str, message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
