@@ -18,6 +18,9 @@ import torch
 
 from models.staging import Staging
 
+SCALE_BYTES = 4
+"""Of the float32 scale that goes with each quantised key and value, by position and head."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:

@@ -21,7 +21,7 @@ def attend_dense(
     """out_BNTH. `mask` is added to the scores and broadcasts to [B, N, T, L]; heads are grouped when N > K.
 
     `softcap` squeezes scores into (-softcap, softcap) by tanh (Gemma 2). torch's kernels cannot, so it is written out,
-    in float32.
+    in float32 or better.
     """
     groups = q_BNTH.shape[1] // k_BKLH.shape[1]
     if softcap is None:
@@ -29,6 +29,7 @@ def attend_dense(
             q_BNTH, k_BKLH, v_BKLH, attn_mask=mask, scale=scale, enable_gqa=groups > 1
         )
     keys, values = k_BKLH.repeat_interleave(groups, 1), v_BKLH.repeat_interleave(groups, 1)
-    scores_BNTL = q_BNTH.float() @ keys.float().transpose(-1, -2) * scale
+    exact = torch.promote_types(q_BNTH.dtype, torch.float32)
+    scores_BNTL = q_BNTH.to(exact) @ keys.to(exact).transpose(-1, -2) * scale
     weights_BNTL = torch.softmax((scores_BNTL / softcap).tanh() * softcap + mask, dim=-1)
-    return (weights_BNTL @ values.float()).to(q_BNTH.dtype)
+    return (weights_BNTL @ values.to(exact)).to(q_BNTH.dtype)

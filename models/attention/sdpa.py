@@ -63,9 +63,9 @@ class SdpaAttention:
         for index, (num_new, num_computed) in enumerate(zip(layout.num_new, layout.num_computed, strict=True)):
             positions_L = np.arange(num_computed + num_new)
             slots_L = np.array(layout.block_tables[index], np.int64)[positions_L // size] * size + positions_L % size
-            on_device = (staging.put(values, torch.int64) for values in (slots_L, positions_L[num_computed:]))
+            told_T = staging.put(positions_L[num_computed:], torch.int64)
             behind = None if behind_S is None else behind_S[index]
-            rows.append(_Rows(start, start + num_new, *on_device, behind))
+            rows.append(_Rows(start, start + num_new, staging.put(slots_L, torch.int64), told_T, behind))
             start += num_new
         return rows
 

@@ -1,104 +1,149 @@
 """Paged attention for CUDA, in Triton: keys and values are read where they lie, block by block, nothing is gathered.
 
-One program computes one tile: some consecutive queries of one sequence, for the G query heads that share a key head, as
-the rows of one matrix. Decodes are tiles of one query, prefill chunks are cut into tiles; the two kinds are launched
-with different tile sizes and the same code. The running softmax is FlashAttention's (Dao et al., 2022), the block table
-PagedAttention's (Kwon et al., 2023). A program walks its whole context alone: few sequences with very long contexts
-would want it split over several programs, which is not done.
+This file lays out a step and launches; `tiles.py` cuts it into work, `triton_store.py` and `triton_attend.py` hold the
+kernels. A layer is one launch that writes, one or two that attend (small tiles, and chunks), and for each whose tiles
+have several parts one that puts them together.
 
-A layer's cache is [blocks, 2, K, block, H], so that the keys of a block and head lie together. Offsets into it are 64
-bits: a cache larger than 2^31 elements is an ordinary one.
+A layer's cache is [blocks, 2, K, block, H], so that the keys of a block and head lie together; quantised it is a row of
+bytes a block: the same numbers in one byte each, then their scales, [2, K, block] in float32.
 
-Legend: T tokens of the step, N query heads, K key/value heads, G = N / K, H head dimension, M rows of a tile, S keys
-of an iteration.
+Legend: T tokens of the step, N query heads, K key/value heads, M = N + 2 K, H head dimension, C = H / 2.
 """
-
-# mypy: disable-error-code="no-untyped-def"
-# (arguments of kernels are pointers and numbers of a compiler, not Python values)
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import triton
-import triton.language as tl
 
+from models.attention import triton_attend, triton_store
 from models.attention.base import KVCacheSpec, TokenLayout
+from models.attention.quantized_kv import DTYPES
+from models.attention.tiles import MAX_PARTS, TileSizes, cut
+from models.staging import Staging
 
-_ROWS = 64
-"""Rows of a prefill tile (queries times heads of a group)."""
-_KEYS = 32
-"""Keys of an iteration."""
+_PARTS_AT_ONCE = 16
+"""Parts of a tile that the reduction adds in one go."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Tiles of one launch: int32 [5, tiles]: sequence, first row, first position, number of queries, and their end."""
+class _Launch:
+    """One launch of `attend`; the tables are those of `tiles.Launch`."""
 
-    table: torch.Tensor
-    num_queries: int
-    """The most queries of a tile."""
+    tiles_M6: torch.Tensor
+    items_I2: torch.Tensor
+    num_rows: int
+    max_queries: int
+    is_split: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    slots_T: torch.Tensor
-    block_tables: torch.Tensor
-    """int32 [sequences, most blocks]"""
-    launches: list[_Tiles]
+    launches: list[_Launch]
+    tokens_T2: torch.Tensor
+    """int32: sequence and position of every token, the latter as the host knows it."""
+    behind_S: torch.Tensor
+    """int32: by how much that is too much."""
+    starts_S: torch.Tensor
+    """int32: where the table of each sequence begins in `blocks`."""
+    blocks: torch.Tensor
+    """int32: block tables, one after the other."""
 
 
 class TritonAttention:
-    """Paged attention by the two kernels below."""
+    """Paged attention by the kernels of this folder."""
 
     is_capturable = True
-    """Plans of decodes differ in the content of their tensors and the width of block tables only: fit for graphs."""
+    """Plans of steps with equal numbers of tokens for every sequence, all small, differ in the content of their tensors
+    and the length of block tables only: fit for graphs."""
 
-    def __init__(self, spec: KVCacheSpec, num_heads: int):
+    def __init__(self, spec: KVCacheSpec, num_heads: int, *, num_processors: int | None = None):
+        """`num_processors`: multiprocessors that the work is spread over. None: those of the device."""
         self._spec = spec
         self._num_heads = num_heads
         self._num_groups = num_heads // spec.num_kv_heads
+        self._padded_head = triton.next_power_of_2(spec.head_dim)
+        if num_processors is None:
+            is_cuda = spec.device.type == "cuda"
+            num_processors = torch.cuda.get_device_properties(spec.device).multi_processor_count if is_cuda else 1
+        self._sizes = _sizes(spec, self._padded_head, num_processors)
+        self._nothing = torch.empty(1, dtype=torch.float32, device=spec.device)
+        self._shape = {
+            "num_kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "padded_head": self._padded_head,
+        }
 
     def allocate(self, num_blocks: int) -> list[torch.Tensor]:
         spec = self._spec
-        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
-        return [torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(spec.num_layers)]
+        shape: tuple[int, ...] = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        dtype = spec.dtype
+        if spec.is_quantized:
+            shape, dtype = (num_blocks, spec.block_bytes // spec.num_layers), torch.uint8
+        return [torch.zeros(shape, dtype=dtype, device=spec.device) for _ in range(spec.num_layers)]
 
     def copy_blocks(self, kv: list[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
         for layer in kv:
             layer[targets] = layer[sources]
 
-    def plan(self, layout: TokenLayout) -> _Plan:
-        size, device = self._spec.block_size, self._spec.device
-        tile = max(1, _ROWS // self._num_groups)
-        decodes: list[tuple[int, int, int, int]] = []
-        chunks: list[tuple[int, int, int, int]] = []
-        row = 0
-        for index, (num_new, start) in enumerate(zip(layout.num_new, layout.num_computed, strict=True)):
-            if num_new == 1:
-                decodes.append((index, row, start, 1))
-            else:
-                chunks += [
-                    (index, row + first, start + first, min(tile, num_new - first)) for first in range(0, num_new, tile)
-                ]
-            row += num_new
-        most = max(-(-(new + start) // size) for new, start in zip(layout.num_new, layout.num_computed, strict=True))
-        padded = [list(table[:most]) + [0] * (most - len(table)) for table in layout.block_tables]
-        return _Plan(
-            torch.tensor(layout.slots(size)).to(device, non_blocking=True),
-            torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True),
-            [
-                _Tiles(torch.tensor(tiles, dtype=torch.int32).t().contiguous().to(device, non_blocking=True), queries)
-                for tiles, queries in ((decodes, 1), (chunks, tile))
-                if tiles
-            ],
+    def plan(self, layout: TokenLayout, staging: Staging) -> _Plan:
+        def put(values: np.ndarray) -> torch.Tensor:
+            return staging.put(values, torch.int32)
+
+        launches = [
+            _Launch(put(part.tiles_M6), put(part.items_I2), part.num_rows, part.max_queries, part.is_split)
+            for part in cut(layout, self._sizes, num_groups=self._num_groups, num_kv_heads=self._spec.num_kv_heads)
+        ]
+        num_new_S, start_S = np.array(layout.num_new), np.array(layout.num_computed)
+        sequence_T = np.repeat(np.arange(len(num_new_S)), num_new_S)
+        first_S = np.cumsum(num_new_S) - num_new_S
+        position_T = np.arange(len(sequence_T)) + (start_S - first_S)[sequence_T]
+        tokens_T2 = put(np.stack((sequence_T, position_T), 1).astype(np.int32))
+        behind = layout.behind
+        behind_S = put(np.zeros(len(num_new_S), np.int32)) if behind is None else staging.place(behind)
+        blocks, starts_S = layout.flat_tables()
+        return _Plan(launches, tokens_T2, behind_S, put(starts_S), put(blocks))
+
+    def rotate_and_store(
+        self,
+        qkv_TMH: torch.Tensor,
+        cis_T1C: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None,
+        kv: torch.Tensor,
+        plan: _Plan,
+    ) -> None:
+        """Norm (where there is one) and rotate the queries in place, and the keys on their way to the cache.
+
+        `norm`: a weight for every query and key head [N + K, H], and epsilon. Pairs to rotate lie side by side.
+        """
+        assert qkv_TMH.stride()[1:] == (self._spec.head_dim, 1) and cis_T1C.is_contiguous()
+        weight, eps = norm or (self._nothing, 0.0)
+        triton_store.rotate_and_store[(len(qkv_TMH), self._spec.num_kv_heads)](
+            qkv_TMH,
+            torch.view_as_real(cis_T1C),
+            weight,
+            eps,
+            *self._cache(kv),
+            plan.tokens_T2,
+            plan.behind_S,
+            plan.starts_S,
+            plan.blocks,
+            qkv_TMH.stride(0),
+            num_groups=self._num_groups,
+            padded_groups=triton.next_power_of_2(self._num_groups),
+            **self._shape,
+            block_size=self._spec.block_size,
+            has_norm=norm is not None,
+            num_warps=1,
         )
 
     def attend(
         self,
         q_TNH: torch.Tensor,
-        new_T2KH: torch.Tensor,
+        new_T2KH: torch.Tensor | None,
         kv: torch.Tensor,
         plan: _Plan,
         *,
@@ -106,154 +151,110 @@ class TritonAttention:
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        spec = self._spec
-        padded_head = triton.next_power_of_2(spec.head_dim)
-        q_TNH, k_TKH, v_TKH = (_with_dense_heads(tensor) for tensor in (q_TNH, *new_T2KH.unbind(1)))
+        if new_T2KH is not None:
+            self._store(new_T2KH, kv, plan)
+        q_TNH = _with_dense_heads(q_TNH)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        _store[(q_TNH.shape[0], spec.num_kv_heads)](
-            k_TKH,
-            v_TKH,
-            kv,
-            plan.slots_T,
-            k_TKH.stride(0),
-            v_TKH.stride(0),
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            padded_head=padded_head,
-            block_size=spec.block_size,
-        )
-        for tiles in plan.launches:
-            _attend[(tiles.table.shape[1], spec.num_kv_heads)](
-                q_TNH,
-                out_TNH,
-                kv,
-                plan.block_tables,
-                tiles.table,
-                scale,
-                softcap or 0.0,
-                q_TNH.stride(0),
-                plan.block_tables.stride(0),
-                tiles.table.stride(0),
-                num_groups=self._num_groups,
-                num_kv_heads=spec.num_kv_heads,
-                head_dim=spec.head_dim,
-                padded_head=padded_head,
-                block_size=spec.block_size,
-                window=window or 0,
-                has_softcap=softcap is not None,
-                rows=max(16, triton.next_power_of_2(tiles.num_queries * self._num_groups)),
-                keys=_KEYS,
-            )
+        for launch in plan.launches:
+            self._launch(launch, q_TNH, out_TNH, kv, plan, scale, window, softcap)
         return out_TNH
+
+    def _store(self, new_T2KH: torch.Tensor, kv: torch.Tensor, plan: _Plan) -> None:
+        new_T2KH = _with_dense_heads(new_T2KH)
+        triton_store.store[(len(new_T2KH), self._spec.num_kv_heads)](
+            new_T2KH,
+            *self._cache(kv),
+            plan.tokens_T2,
+            plan.behind_S,
+            plan.starts_S,
+            plan.blocks,
+            new_T2KH.stride(0),
+            new_T2KH.stride(1),
+            **self._shape,
+            block_size=self._spec.block_size,
+            num_warps=1,
+        )
+
+    def _launch(
+        self,
+        launch: _Launch,
+        q_TNH: torch.Tensor,
+        out_TNH: torch.Tensor,
+        kv: torch.Tensor,
+        plan: _Plan,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        spec, num_items = self._spec, len(launch.items_I2)
+        parts, lse = self._nothing, self._nothing
+        if launch.is_split:
+            lse = torch.empty(num_items * spec.num_kv_heads * launch.num_rows, dtype=torch.float32, device=kv.device)
+            parts = torch.empty(len(lse) * spec.head_dim, dtype=torch.float32, device=kv.device)
+        triton_attend.attend[(num_items, spec.num_kv_heads)](
+            q_TNH,
+            out_TNH,
+            *self._cache(kv),
+            launch.tiles_M6,
+            launch.items_I2,
+            plan.behind_S,
+            plan.starts_S,
+            plan.blocks,
+            parts,
+            lse,
+            scale,
+            softcap or 0.0,
+            q_TNH.stride(0),
+            num_groups=self._num_groups,
+            **self._shape,
+            block_size=spec.block_size,
+            window=window or 0,
+            has_softcap=softcap is not None,
+            rows=launch.num_rows,
+            **launch_options(spec, launch.num_rows),
+        )
+        if launch.is_split:
+            num_used = launch.max_queries * self._num_groups
+            triton_attend.reduce[(len(launch.tiles_M6), spec.num_kv_heads, num_used)](
+                out_TNH,
+                parts,
+                lse,
+                launch.tiles_M6,
+                num_groups=self._num_groups,
+                **self._shape,
+                rows=launch.num_rows,
+                max_parts=MAX_PARTS,
+                parts_at_once=_PARTS_AT_ONCE,
+                num_warps=2,
+            )
+
+    def _cache(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer as numbers, and as scales."""
+        if not self._spec.is_quantized:
+            return kv, kv
+        return kv.view(DTYPES[self._spec.kv_dtype]), kv.view(torch.float32)
+
+
+def launch_options(spec: KVCacheSpec, num_rows: int) -> dict[str, Any]:
+    """Keys of an iteration, warps and stages of `attend` for tiles of so many rows.
+
+    Chosen on paper, for Hopper: by what registers and shared memory hold without spilling (`test_triton_compiles.py`),
+    and so that the iterations under way cover the latency of memory. Keys are loaded (stages - 1) / 2 iterations
+    ahead, since where they lie must be loaded first. Not measured.
+    """
+    if spec.dtype == torch.float32:  # exact products, which only plain arithmetic units compute
+        return {"keys": 16, "num_warps": 4, "num_stages": 3}
+    keys = 64 if spec.head_dim <= 128 else 32
+    return {"keys": keys, "num_warps": 8 if num_rows >= 128 else 4, "num_stages": 3 if num_rows == 64 else 5}
+
+
+def _sizes(spec: KVCacheSpec, padded_head: int, num_processors: int) -> TileSizes:
+    """Tiles of 16 or 64 rows run two at a time on a multiprocessor, and large ones alone."""
+    if spec.dtype == torch.float32:
+        return TileSizes(16, 16, 2 * num_processors, 2 * num_processors)
+    return TileSizes(64, 128 if padded_head <= 128 else 64, 2 * num_processors, num_processors)
 
 
 def _with_dense_heads(tensor: torch.Tensor) -> torch.Tensor:
     """Heads side by side within a token, as the kernels expect; a view of a fused projection is already so."""
-    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
-
-
-@triton.jit
-def _store(
-    k_ptr,
-    v_ptr,
-    kv_ptr,
-    slots_ptr,
-    k_stride,
-    v_stride,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_head: tl.constexpr,
-    block_size: tl.constexpr,
-):
-    """Write the new key and value of one token and head to their slot."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    slot = tl.load(slots_ptr + token)
-    lane = tl.arange(0, padded_head)
-    is_lane = lane < head_dim
-    key_at = slot // block_size * (2 * num_kv_heads * block_size * head_dim)
-    key_at += (head * block_size + slot % block_size) * head_dim
-    value_at = key_at + num_kv_heads * block_size * head_dim
-    key = tl.load(k_ptr + token * k_stride + head * head_dim + lane, mask=is_lane)
-    value = tl.load(v_ptr + token * v_stride + head * head_dim + lane, mask=is_lane)
-    tl.store(kv_ptr + key_at + lane, key, mask=is_lane)
-    tl.store(kv_ptr + value_at + lane, value, mask=is_lane)
-
-
-@triton.jit
-def _attend(
-    q_ptr,
-    out_ptr,
-    kv_ptr,
-    tables_ptr,
-    tiles_ptr,
-    scale,
-    softcap,
-    q_stride,
-    tables_stride,
-    tiles_stride,
-    num_groups: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_head: tl.constexpr,
-    block_size: tl.constexpr,
-    window: tl.constexpr,
-    has_softcap: tl.constexpr,
-    rows: tl.constexpr,
-    keys: tl.constexpr,
-):
-    """One tile of queries for one key head: read its keys and values once, with a running softmax."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    sequence = tl.load(tiles_ptr + tile).to(tl.int64)
-    first_row = tl.load(tiles_ptr + tiles_stride + tile).to(tl.int64)
-    first_position = tl.load(tiles_ptr + 2 * tiles_stride + tile)
-    num_queries = tl.load(tiles_ptr + 3 * tiles_stride + tile)
-
-    row = tl.arange(0, rows)
-    query = row // num_groups
-    lane = tl.arange(0, padded_head)
-    is_lane = lane < head_dim
-    is_query = (query < num_queries)[:, None] & is_lane[None, :]
-    position_M = first_position + query
-    head_at = (head * num_groups + row % num_groups) * head_dim
-    q_MH = tl.load(
-        q_ptr + ((first_row + query) * q_stride + head_at)[:, None] + lane[None, :], mask=is_query, other=0.0
-    )
-
-    length = first_position + num_queries
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(first_position - window + 1, 0) // keys * keys
-    best_M = tl.full([rows], float("-inf"), tl.float32)
-    total_M = tl.zeros([rows], tl.float32)
-    sum_MH = tl.zeros([rows, padded_head], tl.float32)
-    for start in range(begin, length, keys):
-        place_S = start + tl.arange(0, keys)
-        is_key = place_S < length
-        block = tl.load(tables_ptr + sequence * tables_stride + place_S // block_size, mask=is_key, other=0)
-        key_at = block.to(tl.int64) * (2 * num_kv_heads * block_size * head_dim)
-        key_at += (head * block_size + place_S % block_size) * head_dim
-        value_at = key_at + num_kv_heads * block_size * head_dim
-        is_there = is_key[:, None] & is_lane[None, :]
-        k_SH = tl.load(kv_ptr + key_at[:, None] + lane[None, :], mask=is_there, other=0.0)
-        v_SH = tl.load(kv_ptr + value_at[:, None] + lane[None, :], mask=is_there, other=0.0)
-        score_MS = tl.dot(q_MH, tl.trans(k_SH), input_precision="ieee") * scale
-        if has_softcap:
-            score_MS = softcap * (2 * tl.sigmoid(2 * score_MS / softcap) - 1)
-        is_seen = is_key[None, :] & (place_S[None, :] <= position_M[:, None])
-        if window > 0:
-            is_seen = is_seen & (place_S[None, :] > position_M[:, None] - window)
-        score_MS = tl.where(is_seen, score_MS, float("-inf"))
-        # A row that has seen no key yet keeps -inf as its best; 0 instead avoids -inf - -inf.
-        better_M = tl.maximum(best_M, tl.max(score_MS, 1))
-        base_M = tl.where(better_M == float("-inf"), 0.0, better_M)
-        weight_MS = tl.exp(score_MS - base_M[:, None])
-        decay_M = tl.exp(best_M - base_M)
-        total_M = total_M * decay_M + tl.sum(weight_MS, 1)
-        sum_MH = sum_MH * decay_M[:, None]
-        sum_MH += tl.dot(weight_MS.to(v_SH.dtype), v_SH, input_precision="ieee")
-        best_M = better_M
-    out_MH = sum_MH / tl.where(total_M == 0.0, 1.0, total_M)[:, None]
-    out_at = (first_row + query) * (num_kv_heads * num_groups * head_dim) + head_at
-    tl.store(out_ptr + out_at[:, None] + lane[None, :], out_MH.to(out_ptr.dtype.element_ty), mask=is_query)
+    return tensor if tensor.stride()[-2:] == (tensor.shape[-1], 1) else tensor.contiguous()
