@@ -48,8 +48,9 @@ class AsyncMark:
     queue: AsyncQueue
 
     def synchronize(self) -> None:
-        self.queue.num_waits += 1
-        self.queue.advance(self)
+        if self in self.queue._waiting:
+            self.queue.num_waits += 1
+            self.queue.advance(self)
 
 
 @dataclass(eq=False)
@@ -59,6 +60,7 @@ class AsyncQueue:
     num_uploads: int = 0
     num_downloads: int = 0
     num_waits: int = 0
+    """Marks waited for that had not happened yet."""
     _waiting: deque[_Upload | _Download | AsyncMark] = field(default_factory=deque)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
@@ -81,10 +83,9 @@ class AsyncQueue:
         self._waiting.append(mark)
         return mark
 
+    @torch.inference_mode()
     def advance(self, until: AsyncMark | None = None) -> None:
-        """Finish what is queued, up to a mark or all of it. Nothing to do when the mark has happened."""
-        if until is not None and until not in self._waiting:
-            return
+        """Finish what is queued, up to a mark or all of it."""
         while self._waiting:
             done = self._waiting.popleft()
             if done is until:

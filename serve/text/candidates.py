@@ -9,14 +9,13 @@ Legend: R rows, V vocabulary, K candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from serve.text.sampler import Sampler, require_finite
 from serve.text.sequence import Row
-from serve.transfer import to_host
 
 
 @dataclass(slots=True)
@@ -29,8 +28,8 @@ class Candidates:
     best_R: torch.Tensor
     """The largest raw logit of each row."""
 
-    def to_host(self) -> Candidates:
-        return Candidates(self.rows, to_host(self.token_ids_RK), to_host(self.logprobs_RK), to_host(self.best_R))
+    def to_host(self, download: Callable[[torch.Tensor], torch.Tensor]) -> Candidates:
+        return Candidates(self.rows, download(self.token_ids_RK), download(self.logprobs_RK), download(self.best_R))
 
     def tolist(self) -> list[list[tuple[int, float]]]:
         """One list a row, without what is impossible. From host tensors; `RequestFailed` for rows of NaN."""

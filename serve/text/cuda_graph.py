@@ -82,8 +82,8 @@ class DecodeGraphs:
             self._graphs[missing[0]] = self._capture_size(missing[0])
         return len(missing) > 1
 
-    def covers(self, num_rows: int) -> bool:
-        return num_rows <= self._sizes[-1]
+    def covers(self, layout: TokenLayout) -> bool:
+        return len(layout.num_new) <= self._sizes[-1] and all(num == 1 for num in layout.num_new)
 
     def put(self, token_ids: list[int], positions: list[int], layout: TokenLayout) -> StepInputs:
         """The first puts of a step in which every sequence has one new token: as many rows as the next larger graph."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from models.device_queue import DeviceQueue, Mark
 from serve.events import TokenLogprobs
 from serve.text.candidates import Candidates
 from serve.text.logprobs import Scores
 from serve.text.sampler import Sampled, require_finite
 from serve.text.sequence import Row, TokenOutput
 from serve.text.speculative import until_rejected
-from serve.transfer import to_host
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Flight:
     scores: Scores | None
     prompts: list[PromptScores]
     candidates: Candidates | None
-    done: torch.cuda.Event | None
+    done: Mark | None
     began_s: float = 0.0
     is_typical: bool = True
 
@@ -52,25 +52,28 @@ def take_off(
     prompts: list[PromptScores],
     candidates: Candidates | None,
     *,
-    is_async: bool,
+    queue: DeviceQueue | None,
 ) -> Flight:
-    """Start the copies to the host."""
+    """Start the copies to the host; nothing where the device is the host."""
+    scores = sampled.scores
+    if queue is None:
+        return Flight(
+            rows, draws, sampled.token_ids_R, sampled.best_R, sampled.scored, scores, prompts, candidates, None
+        )
+    download = queue.download
     for prompt in prompts:
-        prompt.slices = [(part.to_host(), to_host(best)) for part, best in prompt.slices]
-    flight = Flight(
+        prompt.slices = [(part.to_host(download), download(best)) for part, best in prompt.slices]
+    return Flight(
         rows,
         draws,
-        to_host(sampled.token_ids_R),
-        to_host(sampled.best_R),
+        download(sampled.token_ids_R),
+        download(sampled.best_R),
         sampled.scored,
-        None if sampled.scores is None else sampled.scores.to_host(),
+        None if scores is None else scores.to_host(download),
         prompts,
-        None if candidates is None else candidates.to_host(),
-        torch.cuda.Event() if is_async else None,
+        None if candidates is None else candidates.to_host(download),
+        queue.mark(),
     )
-    if flight.done is not None:
-        flight.done.record()
-    return flight
 
 
 def land(flight: Flight) -> TokenOutput:

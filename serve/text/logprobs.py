@@ -5,13 +5,12 @@ Legend: R rows, V vocabulary, K alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from serve.events import TokenLogprobs
-from serve.transfer import to_host
 
 
 @dataclass(slots=True)
@@ -24,13 +23,13 @@ class Scores:
     top_ids_RK: torch.Tensor
     top_logprobs_RK: torch.Tensor
 
-    def to_host(self) -> Scores:
+    def to_host(self, download: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
         return Scores(
-            to_host(self.token_ids_R),
-            to_host(self.logprobs_R),
-            to_host(self.ranks_R),
-            to_host(self.top_ids_RK),
-            to_host(self.top_logprobs_RK),
+            download(self.token_ids_R),
+            download(self.logprobs_R),
+            download(self.ranks_R),
+            download(self.top_ids_RK),
+            download(self.top_logprobs_RK),
         )
 
     def tolist(self, num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -27,6 +27,7 @@ from itertools import accumulate
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
+from models.device_queue import DeviceQueue, queue_of
 from models.staging import CAPACITY, Staging
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
@@ -80,12 +81,13 @@ class TokenRunner:
         rejects: bool = False,
         peers: Peers | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        queue: DeviceQueue | None = None,
     ):
         """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
 
         Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`. `rejects`:
         drafts are verified by rejection sampling; else draws are coupled (`speculative.py`). `peers`: the other ranks,
-        of which this one is the driver.
+        of which this one is the driver. `queue`: what the device is told to do; None: the device's own.
         """
         self.model = model
         self.device = cache.device
@@ -94,16 +96,16 @@ class TokenRunner:
         self._own_table = [num_blocks]
         self._block_size = cache.block_size
         table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
-        self._staging = Staging(cache.device, CAPACITY + table_bytes)
+        self._queue = queue or queue_of(cache.device)
+        self.staging = Staging(cache.device, CAPACITY + table_bytes, self._queue)
         self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._proposer = proposer
         self._rejects = rejects
         self._clock = clock
         self._collected_s = 0.0
         """When the last step was collected: a later one does not count the time before."""
-        self._is_async = cache.device.type == "cuda"
         self.peers = peers
-        self._computes_late = peers is not None and peers.num_stages > 1 and not self._is_async
+        self._computes_late = peers is not None and peers.num_stages > 1 and self._queue is None
         self._told: deque[_Planned] = deque()
         """Steps that are to be computed when they are collected."""
         self._previous: tuple[list[Row], torch.Tensor] | None = None
@@ -117,7 +119,7 @@ class TokenRunner:
                 model,
                 attention,
                 self.kv_cache,
-                staging=self._staging,
+                staging=self.staging,
                 own_block=num_blocks,
                 max_rows=max_rows_in_graph,
             )
@@ -249,9 +251,9 @@ class TokenRunner:
                 planned.computed = self._logits(planned)
 
     def _logits(self, planned: _Planned) -> tuple[torch.Tensor, list[PromptScores], torch.Tensor | None]:
-        step, staging, graphs = planned.step, self._staging, self._graphs
+        step, staging, graphs = planned.step, self.staging, self._graphs
         num_tokens = len(step.token_ids)
-        if graphs is not None and (num_tokens > len(step.layout.num_new) or not graphs.covers(num_tokens)):
+        if graphs is not None and not graphs.covers(step.layout):
             graphs = None
         if graphs is not None:
             inputs = graphs.put(step.token_ids, step.positions, step.layout)
@@ -303,7 +305,7 @@ class TokenRunner:
             sampled = Sampled(nothing, nothing, [], None)
         self._previous = (draws, sampled.token_ids_R)
         candidates = find_candidates(self._sampler, logits_RV[num_draws:], beams) if beams else None
-        return take_off(rows, draws, sampled, prompts, candidates, is_async=self._is_async)
+        return take_off(rows, draws, sampled, prompts, candidates, queue=self._queue)
 
     def _pending(self, ids: list[int], rows: list[Row]) -> tuple[list[int], list[int]]:
         """Where PENDING stands in `ids`, which becomes 0 there, and which draws of the step before belong there."""

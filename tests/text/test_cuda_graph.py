@@ -99,6 +99,10 @@ def parts(model):
     return graphs, attention, kv_cache, captures, staging
 
 
+def decodes(num_rows: int) -> TokenLayout:
+    return TokenLayout([1] * num_rows, [0] * num_rows, [[0]] * num_rows)
+
+
 def compute(parts, ids: list[int], positions: list[int], layout: TokenLayout) -> torch.Tensor:
     graphs, _, _, _, staging = parts
     inputs = graphs.put(ids, positions, layout)
@@ -165,6 +169,7 @@ def test_the_rest_is_captured_one_by_one_and_no_size_twice(parts):
 
 def test_batches_beyond_the_limit_are_not_covered(parts):
     graphs = parts[0]
-    assert graphs.covers(1) and graphs.covers(12)
-    assert not graphs.covers(13)
+    assert graphs.covers(decodes(1)) and graphs.covers(decodes(12))
+    assert not graphs.covers(decodes(13))
+    assert not graphs.covers(TokenLayout([1, 2], [0, 0], [[0], [1]]))
     assert len(SIZES) == 20 and list(SIZES) == sorted(SIZES)
