@@ -45,6 +45,7 @@ STANDARD_VAE = (128, 256, 512, 512)
 DIT_S_2 = DiTShape(num_layers=12, width=384, num_heads=6, side=32, vae_channels=_NARROW_VAE)
 """With a narrow VAE, so that what is measured on a CPU is the transformer."""
 DIT_XL_2 = DiTShape(num_layers=28, width=1152, num_heads=16, side=32, vae_channels=STANDARD_VAE)
+DIT_XL_2_512 = DiTShape(num_layers=28, width=1152, num_heads=16, side=64, vae_channels=STANDARD_VAE)
 
 
 def write_dit(folder: Path, shape: DiTShape, *, num_inference_steps: int = 20) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.gpu.command import PARTS
+
 ROOT = Path(__file__).resolve().parent.parent
 THIRD_PARTY_RULES = {
     # package: the only places that may import it
@@ -144,6 +146,7 @@ def test_module_loads_without_torch(module):
 def test_engine_runs_where_only_torch_exists():
     """A bare GPU box has torch, transformers, safetensors, numpy and pillow, and nothing of the serving plane."""
     hide = f"import sys; [sys.modules.__setitem__(name, None) for name in {BARE_GPU_BOX!r}]; "
-    modules = "loadtest.engine, loadtest.gpu, loadtest.images, serve.text.build, serve.image.build, models.registry"
-    modules += ", serve.ranks.group, serve.ranks.peer, loadtest.ranks"
+    modules = "loadtest.engine, loadtest.images, serve.text.build, serve.image.build, models.registry"
+    modules += ", serve.ranks.group, serve.ranks.peer, loadtest.ranks, loadtest.gpu.first_token"
+    modules += "".join(f", loadtest.gpu.{part}" for part in ("command", *PARTS))
     subprocess.run([sys.executable, "-c", hide + "import " + modules], check=True, cwd=ROOT)

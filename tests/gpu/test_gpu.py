@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loadtest import gpu_correctness
+from loadtest.gpu import correct
 from serve.errors import ConfigError
 from serve.options import ModelOptions
 from serve.text.build import build_engine
@@ -19,28 +19,28 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=gpu_correctness.FAMILIES)
+@pytest.fixture(scope="module", params=correct.FAMILIES)
 def folder(request, tmp_path_factory):
-    return gpu_correctness.write_checkpoint(tmp_path_factory.mktemp("model"), request.param)
+    return correct.write_checkpoint(tmp_path_factory.mktemp("model"), request.param)
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return gpu_correctness.generate(folder, "cpu", gpu_correctness.PROMPTS)
+    return correct.generate(folder, "cpu", correct.PROMPTS)
 
 
-@pytest.mark.parametrize("setting", gpu_correctness.SETTINGS)
+@pytest.mark.parametrize("setting", correct.SETTINGS)
 def test_float32_tokens_are_those_of_the_cpu(folder, expected, setting):
-    values = gpu_correctness.SETTINGS[setting]
-    assert gpu_correctness.generate(folder, "cuda", gpu_correctness.PROMPTS, **values) == expected
+    values = correct.SETTINGS[setting]
+    assert correct.generate(folder, "cuda", correct.PROMPTS, **values) == expected
 
 
 def test_graphs_change_no_token(folder, expected):
-    assert gpu_correctness.generate(folder, "cuda", gpu_correctness.PROMPTS, enforce_eager=True) == expected
+    assert correct.generate(folder, "cuda", correct.PROMPTS, enforce_eager=True) == expected
 
 
 def test_noise_has_the_same_bits_as_on_cpu():
-    assert gpu_correctness.noise_bits_agree()
+    assert correct.noise_bits_agree(torch.device("cuda"))
 
 
 def test_the_cache_stays_within_its_share_of_the_memory(folder):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadtest import gpu_images
+from loadtest.gpu import pictures
 from loadtest.image_peers import EnginePeer, Picture, largest_difference
 
 pytest.importorskip("diffusers", reason="no diffusers: image models are made of its parts, so none is checked")
@@ -20,9 +20,6 @@ pytestmark = [
         reason="no CUDA device: images on CUDA, their batches and their overlapping steps remain unchecked",
     ),
 ]
-
-LEVELS = 1
-"""Of 255, in float32: each shape of a matrix product adds up in another order, which may tip a rounding."""
 
 
 @pytest.fixture(scope="module", params=["class-conditional", "text to image"])
@@ -35,34 +32,36 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def exact():
-    with gpu_images.exact_convolutions():
+    with pictures.exact_convolutions():
         yield
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> list[Picture]:
-    return gpu_images.make_alone(gpu_images.peer_on(folder, "cuda", depth=0))
+    return pictures.make_alone(pictures.peer_on(folder, "cuda", depth=0))
 
 
 def test_float32_images_are_those_of_the_cpu(folder, alone):
-    assert largest_difference(alone, gpu_images.make_alone(gpu_images.peer_on(folder, "cpu"))) <= LEVELS
+    assert largest_difference(alone, pictures.make_alone(pictures.peer_on(folder, "cpu"))) <= pictures.LEVELS
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_images_in_mixed_batches_are_those_made_alone(folder, alone, depth):
-    assert largest_difference(gpu_images.make_mixed(gpu_images.peer_on(folder, "cuda", depth=depth)), alone) <= LEVELS
+    assert (
+        largest_difference(pictures.make_mixed(pictures.peer_on(folder, "cuda", depth=depth)), alone) <= pictures.LEVELS
+    )
 
 
 def test_steps_overlap_by_default(folder):
-    peer = gpu_images.peer_on(folder, "cuda")
+    peer = pictures.peer_on(folder, "cuda")
     assert peer.card.dtype == "float32" and peer.card.device.startswith("cuda") and peer._engine._depth == 1
 
 
 def test_denoise_and_decode_steps_do_not_wait_for_the_device(folder):
-    peer = gpu_images.peer_on(folder, "cuda", depth=1)
-    gpu_images.make_mixed(peer)  # what is slow the first time may wait
+    peer = pictures.peer_on(folder, "cuda", depth=1)
+    pictures.make_mixed(peer)  # what is slow the first time may wait
     waits = _waits(peer)
-    gpu_images.make_mixed(peer)
+    pictures.make_mixed(peer)
     assert waits == []
 
 

@@ -1,4 +1,5 @@
-"""Is the engine on CUDA right? Its tokens beside the CPU engine's on small random models, and how stable they are.
+"""Is what the engines compute on CUDA right? Tokens beside those of the CPU engine on small random models, pictures
+likewise (`pictures.py`), and how stable both are.
 
 In float32 both devices round differently but rarely change a token of such a model; in bfloat16 the same request may
 give other tokens in another batch, because default kernels round by shape. The share that changes is measured, not
@@ -8,12 +9,16 @@ promised.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from loadtest.gpu import pictures
+from loadtest.gpu.bench import Bench, WrongResult
+from loadtest.image_peers import NO_DIFFUSERS, diffusers_version
 from models.registry import NATIVE
 from models.text.decoder import Decoder
 from models.weights import fill_dummy
@@ -46,6 +51,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small chunks": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
     "little memory": {"max_num_seqs": 8, "max_num_batched_tokens": 128, "num_blocks": 32},
 }
+
+
+def run(bench: Bench) -> None:
+    """The part. Raises WrongResult when something differs that must not."""
+    wrong = [] if noise_bits_agree(bench.device) else ["the noise of sampling"]
+    bench.row("correct", what="bits of the noise", model="", differs=float(bool(wrong)))
+    with tempfile.TemporaryDirectory() as scratch:
+        for family in FAMILIES[: 1 if bench.is_rehearsal else None]:
+            wrong += _check_text(bench, Path(scratch) / family, family)
+        if diffusers_version() is None:
+            bench.note(NO_DIFFUSERS)
+        elif bench.has_time("pictures", 0 if bench.is_rehearsal else 15):
+            wrong += pictures.check(bench, Path(scratch))
+    if wrong:
+        raise WrongResult(f"not as on the CPU: {', '.join(wrong)}")
+
+
+def _check_text(bench: Bench, folder: Path, family: str) -> list[str]:
+    """What is wrong with this family."""
+    write_checkpoint(folder, family)
+    device, wrong = bench.device.type, []
+    expected = generate(folder, "cpu", PROMPTS)
+    for name, setting in SETTINGS.items():
+        if not bench.has_time(f"{family}, {name}", 0 if bench.is_rehearsal else 6):
+            continue
+        differs = share_changed(generate(folder, device, PROMPTS, **setting), expected)
+        bench.row("correct", what=f"float32 tokens, {name}", model=family, differs=differs)
+        if differs:
+            wrong.append(f"tokens of {family}, {name}")
+    for dtype in ("float32", "bfloat16"):
+        if bench.has_time(f"{family}, stability in {dtype}", 0 if bench.is_rehearsal else 6):
+            number = 4 if bench.is_rehearsal else 32
+            differs = share_changed_by_batching(folder, device, dtype, num_requests=number)
+            bench.row("stable", what=f"{dtype} tokens, alone and in a batch", model=family, differs=differs)
+    return wrong
 
 
 def write_checkpoint(folder: Path, family: str) -> Path:
@@ -111,11 +151,11 @@ def _sequence(number: int, prompt: list[int]) -> Sequence:
     return Sequence(id=f"request-{number}", token_ids=list(prompt), num_prompt=len(prompt), sampling=sampling)
 
 
-def noise_bits_agree() -> bool:
-    """The noise of sampling is the same integers on both devices."""
+def noise_bits_agree(device: torch.device) -> bool:
+    """The noise of sampling is the same integers there as on the CPU."""
     keys = [row_key(seed, 3 * seed) for seed in range(64)]
-    cpu, cuda = (GumbelNoise(50_000, torch.device(kind)).bits(keys).cpu() for kind in ("cpu", "cuda"))
-    return torch.equal(cpu, cuda)
+    ours, theirs = (GumbelNoise(50_000, kind).bits(keys).cpu() for kind in (torch.device("cpu"), device))
+    return torch.equal(ours, theirs)
 
 
 def share_changed(ours: list[list[int]], theirs: list[list[int]]) -> float:
