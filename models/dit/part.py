@@ -22,6 +22,7 @@ from models.dit.checkpoint import DiTError
 from models.dit.grid import Grid
 from models.dit.shards import cut_layers, fill_dummy, fill_from_files
 from models.dit.ulysses import TokenParts, UlyssesAttention
+from models.kernels.available import has_kernels
 
 # Legend: R rows of a forward, C latent channels, H and W latent height and width
 
@@ -91,6 +92,10 @@ def build_part(
             fill_dummy(transformer, cuts)
         else:
             bytes_read = fill_from_files(transformer, cuts, folder)
+    if has_kernels(device):
+        from models.dit.fused_blocks import fuse_blocks
+
+        fuse_blocks(transformer)
     return Part(transformer, recipe, grid, bytes_read, num_whole)
 
 

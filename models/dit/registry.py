@@ -33,6 +33,7 @@ from models.dit.part import Part, Recipe, build_part
 from models.dit.pipeline import NotSteppable, PipelineSpec, StockPipeline, step_parameters
 from models.dit.sd3 import RECIPE as STABLE_DIFFUSION_3
 from models.dit.sd3 import StableDiffusion3
+from models.kernels.available import has_kernels
 
 Prediction = Literal["flow", "epsilon"]
 
@@ -86,6 +87,10 @@ def load_dit(
         _own_solver(index)
     loaded = {} if part is None else {"transformer": part.transformer}
     pipeline = load_pipeline(index, device=device, dtype=dtype or torch.float32, load_format=load_format, loaded=loaded)
+    if family is not None and part is None and has_kernels(device):
+        from models.dit.fused_blocks import fuse_blocks
+
+        fuse_blocks(pipeline.transformer)
     return (family.build if family else _stock)(pipeline, index, defaults)
 
 

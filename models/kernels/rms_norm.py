@@ -1,7 +1,7 @@
 """RMSNorm in one kernel, with the sum of the residual stream before it where there is one.
 
 Without fusing, a residual is read and written by an addition and read again by the norm: three passes and two launches.
-Here a program takes a row into registers and is done with it.
+Here a program takes a row (or some short ones, such as heads) into registers and is done with it.
 
 Error against float64 from the same inputs, of an output y rounded to p bits: at most (2^-p + 2^-19) |y|, and half the
 least subnormal. 2^-p is the one rounding at the end; the rest is float32: up to 41 additions of squares in a row (a
@@ -19,6 +19,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+_ELEMENTS = 1024
+"""Least of a program: with fewer a device is busy starting programs."""
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,11 +48,14 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight_D: torch.Tens
     # A view, or the sum would be lost in a copy.
     residual_TD = x_TD if residual is None else residual.view(-1, width)
     assert residual_TD.stride(1) == 1, "the rows of a residual are dense"
-    if x_TD.shape[0] > 0:
+    num_rows = x_TD.shape[0]
+    if num_rows > 0:
         lanes = triton.next_power_of_2(width)
-        _rms_norm[(x_TD.shape[0],)](
-            x_TD, residual_TD, weight_D, out, x_TD.stride(0), residual_TD.stride(0), eps,
-            width=width, lanes=lanes, has_residual=residual is not None, num_warps=min(max(lanes // 512, 1), 16),
+        rows = max(_ELEMENTS // lanes, 1)
+        _rms_norm[(triton.cdiv(num_rows, rows),)](
+            x_TD, residual_TD, weight_D, out, num_rows, x_TD.stride(0), residual_TD.stride(0), eps,
+            width=width, rows=rows, lanes=lanes, has_residual=residual is not None,
+            num_warps=min(max(rows * lanes // 512, 1), 16),
         )  # fmt: skip
     return out
 
@@ -60,23 +66,25 @@ def _rms_norm(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    num_rows,
     x_stride,
     residual_stride,
     eps,
     width: tl.constexpr,
+    rows: tl.constexpr,
     lanes: tl.constexpr,
     has_residual: tl.constexpr,
 ):
-    """One row."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, lanes)
-    is_lane = lane < width
-    x = tl.load(x_ptr + row * x_stride + lane, mask=is_lane, other=0.0).to(tl.float32)
+    """Some rows."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+    lane = tl.arange(0, lanes)[None, :]
+    is_there = (row < num_rows) & (lane < width)
+    x = tl.load(x_ptr + row * x_stride + lane, mask=is_there, other=0.0).to(tl.float32)
     if has_residual:
         at = residual_ptr + row * residual_stride + lane
-        total = (x + tl.load(at, mask=is_lane, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
-        tl.store(at, total, mask=is_lane)
+        total = (x + tl.load(at, mask=is_there, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(at, total, mask=is_there)
         x = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    weight = tl.load(weight_ptr + lane, mask=is_lane, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + lane, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=is_lane)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+    weight = tl.load(weight_ptr + lane, mask=lane < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + lane, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=is_there)

@@ -44,16 +44,22 @@ def test_a_decoder_with_kernels_equals_transformers_and_adds_and_gates_in_three_
     assert not {"add", "add_", "silu", "sigmoid", "native_layer_norm"} & set(launches)
 
 
-# Llama-3.1-8B, Llama-3.1-70B
-@pytest.mark.parametrize("width", [4096, 8192])
+def test_diffusion_transformers_with_fused_blocks_equal_diffusers_in_fewer_launches() -> None:
+    pytest.importorskip("diffusers", reason="no diffusers: its blocks are not compared")
+    assert run("dit_cases.py").count("equal") == 4
+
+
+# Heads, Llama-3.1-8B, Llama-3.1-70B
+@pytest.mark.parametrize("width", [128, 4096, 8192])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_rms_norm_compiles_for_hopper(width: int, has_residual: bool) -> None:
     from models.kernels.rms_norm import _rms_norm
 
+    rows = max(1024 // width, 1)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr"), "*bf16")
-    strides: dict[str, Any] = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    constants = {"width": width, "lanes": width, "has_residual": has_residual}
-    usage = compile_for_sm90(_rms_norm, pointers | strides | constants, num_warps=width // 512)
+    numbers: dict[str, Any] = {"num_rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
+    constants = {"width": width, "rows": rows, "lanes": width, "has_residual": has_residual}
+    usage = compile_for_sm90(_rms_norm, pointers | numbers | constants, num_warps=rows * width // 512)
     assert usage.spills == 0 and usage.registers <= 64, usage
 
 
