@@ -239,5 +239,5 @@ class BeamGroup(Sequence):
             num_common = next((i for i, (a, b) in enumerate(zip(mine, output)) if a != b), min(len(mine), len(output)))
             num_blocks = min(self.num_prompt + num_common, self.num_prompt + len(mine) - 1) // block_size
             if num_blocks > len(best):
-                best = beam.blocks[:num_blocks]
+                best = list(beam.blocks[:num_blocks])
         return best

@@ -91,8 +91,9 @@ class KVCache:
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
-    def allocate(self, cached: Sequence[int], num_new: int, reserve: int = 0) -> list[int] | None:
-        """A new block table: the `cached` blocks shared, then `num_new` own ones.
+    def allocate(self, cached: Sequence[int], num_new: int, reserve: int = 0) -> array[int] | None:
+        """A new block table: the `cached` blocks shared, then `num_new` own ones. 32-bit integers side by side, which
+        a step sends to the device as they lie.
 
         None, and nothing taken, when they do not fit or fewer than `reserve` blocks would stay free.
         """
@@ -105,12 +106,12 @@ class KVCache:
                 self._unlink(block)
             references[block] += 1
         self.num_free -= num_idle
-        blocks = list(cached)
+        blocks = array("i", cached)
         for _ in range(num_new):
             self.extend(blocks)
         return blocks
 
-    def extend(self, blocks: list[int]) -> bool:
+    def extend(self, blocks: array[int]) -> bool:
         """Append one own block to a block table, evicting the oldest idle one. False when none is free."""
         block = self._next[self._ring]
         if block == self._ring:
@@ -127,15 +128,15 @@ class KVCache:
         blocks.append(block)
         return True
 
-    def fork(self, blocks: Sequence[int]) -> list[int]:
+    def fork(self, blocks: Sequence[int]) -> array[int]:
         """A second block table with the same blocks. Who writes into a shared one needs `own_last` first."""
         for block in blocks:
             self._references[block] += 1
-        return list(blocks)
+        return array("i", blocks)
 
-    def own_last(self, blocks: Sequence[int]) -> list[int]:
+    def own_last(self, blocks: Sequence[int]) -> array[int]:
         """The table with an own block in place of its last one, whose content the caller copies. One must be free."""
-        owned = list(blocks[:-1])
+        owned = array("i", blocks[:-1])
         has_room = self.extend(owned)
         assert has_room, "no free block to copy into"
         self._references[blocks[-1]] -= 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -93,7 +94,7 @@ class TokenRunner:
         self.device = cache.device
         self._attention = attention
         self.kv_cache = attention.allocate(num_blocks + 1)
-        self._own_table = [num_blocks]
+        self._own_table = array("i", [num_blocks])
         self._block_size = cache.block_size
         table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
         self._queue = queue or queue_of(cache.device)
@@ -251,10 +252,8 @@ class TokenRunner:
                 planned.computed = self._logits(planned)
 
     def _logits(self, planned: _Planned) -> tuple[torch.Tensor, list[PromptScores], torch.Tensor | None]:
-        step, staging, graphs = planned.step, self.staging, self._graphs
-        num_tokens = len(step.token_ids)
-        if graphs is not None and not graphs.covers(step.layout):
-            graphs = None
+        step, staging, num_tokens = planned.step, self.staging, len(planned.step.token_ids)
+        graphs = self._graphs if self._graphs is not None and self._graphs.covers(step.layout) else None
         if graphs is not None:
             inputs = graphs.put(step.token_ids, step.positions, step.layout)
         else:

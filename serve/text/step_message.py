@@ -53,10 +53,10 @@ class Step:
 class _Known:
     """A block table that the other ranks have."""
 
-    table: list[int]
-    """The sequence's own list: held, so that its address belongs to nobody else."""
+    table: array[int]
+    """The sequence's own array: held, so that its address belongs to nobody else."""
     slot: int
-    sent: list[int] = field(default_factory=list)
+    sent: array[int] = field(default_factory=lambda: array("i"))
     length: int = -1
     """Of the table when it was last compared; -1: compare again, for its last blocks may have been drafts' only."""
 
@@ -68,7 +68,7 @@ class StepEncoder:
         """`capacity`: block tables to remember, at least as many as a step may have rows."""
         self._capacity = capacity
         self._block_size = block_size
-        self._young: dict[int, _Known] = {}  # by the address of the list
+        self._young: dict[int, _Known] = {}  # by the address of the table
         self._old: dict[int, _Known] = {}
         self._free: list[int] = []
         self._num_slots = 0
@@ -81,7 +81,7 @@ class StepEncoder:
         for table, num_new in zip(layout.block_tables, layout.num_new):
             known = young.get(id(table))
             if known is None or num_new != 1 or known.length != len(table):
-                assert isinstance(table, list)
+                assert isinstance(table, array)
                 end = layout.num_computed[len(slots)] + num_new
                 known = self._change(table, changes)
                 is_settled = num_new == 1 and len(table) * self._block_size < end + self._block_size
@@ -109,7 +109,7 @@ class StepEncoder:
         values += changes
         return memoryview(array("i", values)).cast("B")
 
-    def _change(self, table: list[int], changes: list[int]) -> _Known:
+    def _change(self, table: array[int], changes: list[int]) -> _Known:
         """The table's entry, brought up to date; what of it is news goes to `changes`."""
         known = self._young.get(id(table)) or self._remember(table)
         sent = known.sent
@@ -123,7 +123,7 @@ class StepEncoder:
             sent[kept:] = added
         return known
 
-    def _remember(self, table: list[int]) -> _Known:
+    def _remember(self, table: array[int]) -> _Known:
         known = self._old.pop(id(table), None)
         if len(self._young) >= self._capacity:
             self._free += [forgotten.slot for forgotten in self._old.values()]
@@ -138,11 +138,11 @@ class StepEncoder:
 
 
 class StepDecoder:
-    """A peer's side. The tables of the layouts it gives are its own lists: they live as long as the sequence's do and
+    """A peer's side. The tables of the layouts it gives are its own: they live as long as the sequence's do and
     change as those do, which attention may rely on."""
 
     def __init__(self) -> None:
-        self._tables: list[list[int]] = []
+        self._tables: list[array[int]] = []
 
     def decode(self, message: memoryview) -> Step:
         values = message.cast("i").tolist()
@@ -171,9 +171,9 @@ class StepDecoder:
         while at < len(changes):
             slot, kept, num_added = changes[at : at + 3]
             at += 3 + num_added
-            added = changes[at - num_added : at]
+            added = array("i", changes[at - num_added : at])
             if slot == len(self._tables):
-                self._tables.append([])
+                self._tables.append(array("i"))
             if kept:
                 self._tables[slot][kept:] = added
             else:

@@ -24,7 +24,7 @@ def computed(cache: KVCache, token_ids, salt: str = "") -> list[int]:
     assert blocks is not None
     for block, key in zip(blocks, hashes):
         cache.publish(block, key)
-    return blocks
+    return list(blocks)
 
 
 def test_hash_of_a_block_covers_everything_before_it():
@@ -88,7 +88,7 @@ def test_blocks_without_content_are_taken_first_then_the_longest_idle():
     empty = cache.allocate([], 2)
     for blocks in old, new, empty:
         cache.free(blocks)
-    assert cache.allocate([], 6) == [*empty, *reversed(old), *reversed(new)]
+    assert list(cache.allocate([], 6)) == [*empty, *reversed(old), *reversed(new)]
 
 
 def test_a_hit_makes_a_block_young_again():
@@ -97,7 +97,7 @@ def test_a_hit_makes_a_block_young_again():
     cache.free(old)
     cache.free(new)
     cache.free(cache.allocate(old, 0))
-    assert cache.allocate([], 4)[2:] == [*new, *old]
+    assert list(cache.allocate([], 4)[2:]) == [*new, *old]
 
 
 def test_allocation_that_does_not_fit_takes_nothing():
@@ -113,7 +113,7 @@ def test_allocation_that_does_not_fit_takes_nothing():
 def test_hits_in_use_cost_no_free_block():
     cache = KVCache(3, block_size=2)
     blocks = computed(cache, [1, 2, 3, 4])
-    assert cache.allocate(blocks, 1) == [*blocks, 2]
+    assert list(cache.allocate(blocks, 1)) == [*blocks, 2]
     assert cache.num_unshared([blocks]) == 0
 
 
@@ -127,7 +127,7 @@ def test_equal_blocks_are_not_merged_and_the_one_in_use_answers():
     cache.free([first])
     cache.publish(second, hashes[0])
     assert cache.find(hashes) == [second]
-    assert cache.allocate([], 1) == [first], "the idle copy is worth nothing any more"
+    assert list(cache.allocate([], 1)) == [first], "the idle copy is worth nothing any more"
 
 
 def test_without_prefix_caching_nothing_is_hashed():

@@ -1,5 +1,5 @@
-"""The runner over a device that is late (`async_device.py`): steps that overlap give the same tokens, nothing is read or
-overwritten too early, and a step costs one copy to the device and one wait."""
+"""The runner over a device that is late (`async_device.py`): steps that overlap give the same tokens, nothing is read
+or overwritten too early, and a step costs one copy to the device and one wait."""
 
 from __future__ import annotations
 

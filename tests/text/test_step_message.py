@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,7 +23,8 @@ def step_of(rows: list[tuple[list[int], int, list[int]]], **others) -> Step:
     """Rows are (token ids, start, block table)."""
     ids = [token_id for new, _, _ in rows for token_id in new]
     positions = [start + i for new, start, _ in rows for i in range(len(new))]
-    layout = TokenLayout([len(new) for new, _, _ in rows], [row[1] for row in rows], [row[2] for row in rows])
+    tables = [table if isinstance(table, array) else array("i", table) for _, _, table in rows]
+    layout = TokenLayout([len(new) for new, _, _ in rows], [row[1] for row in rows], tables)
     return Step(ids, positions, layout, **others)
 
 
@@ -30,7 +32,7 @@ def copy_of(step: Step) -> Step:
     """As it is now, its tables as far as the step needs them: they may grow later."""
     layout = step.layout
     ends = [start + num for start, num in zip(layout.num_computed, layout.num_new)]
-    tables = [list(table[: -(-end // BLOCK)]) for table, end in zip(layout.block_tables, ends)]
+    tables = [table[: -(-end // BLOCK)] for table, end in zip(layout.block_tables, ends)]
     return replace(step, layout=replace(layout, block_tables=tables))
 
 
@@ -62,7 +64,7 @@ def test_all_of_a_step_arrives():
 
 
 def test_a_table_is_sent_once_and_then_what_is_appended():
-    wire, table = Wire(), list(range(500))
+    wire, table = Wire(), array("i", range(500))
     wire.carry(step_of([([1], 1999, table)]))
     assert wire.num_bytes > 2000
     table.append(7)
@@ -72,31 +74,31 @@ def test_a_table_is_sent_once_and_then_what_is_appended():
     assert wire.num_bytes < 60
 
 
-def test_a_peers_table_is_the_same_list_while_the_sequence_s_is_and_another_when_not():
-    """Attention keeps copies of what a list's blocks hold."""
-    wire, table = Wire(), [1, 2]
+def test_a_peers_table_is_the_same_array_while_the_sequence_s_is_and_another_when_not():
+    """Attention keeps copies of what a table's blocks hold."""
+    wire, table = Wire(), array("i", [1, 2])
     (first,) = wire.carry(step_of([([1], 7, table)])).layout.block_tables
     table.append(3)
     (second,) = wire.carry(step_of([([1], 8, table)])).layout.block_tables
     assert first is second
-    (third,) = wire.carry(step_of([([1], 8, list(table))])).layout.block_tables
+    (third,) = wire.carry(step_of([([1], 8, array("i", table))])).layout.block_tables
     assert third is not second
 
 
 def test_blocks_of_rejected_drafts_are_taken_back():
-    wire, table = Wire(), [1, 2, 3]
+    wire, table = Wire(), array("i", [1, 2, 3])
     wire.carry(step_of([([1, 5, 6], 7, table)]))
     del table[2:]
     table.append(9)
-    assert wire.carry(step_of([([1], 8, table)])).layout.block_tables == [[1, 2, 9]]
+    assert wire.carry(step_of([([1], 8, table)])).layout.block_tables == [array("i", [1, 2, 9])]
 
 
 def test_blocks_for_drafts_that_nobody_proposed_are_taken_back():
-    wire, table = Wire(), [1, 2, 3]
+    wire, table = Wire(), array("i", [1, 2, 3])
     wire.carry(step_of([([1], 7, table)]))
     del table[2:]
     table.append(9)
-    assert wire.carry(step_of([([1], 8, table)])).layout.block_tables == [[1, 2, 9]]
+    assert wire.carry(step_of([([1], 8, table)])).layout.block_tables == [array("i", [1, 2, 9])]
 
 
 def test_slots_of_ended_sequences_are_used_again():
@@ -112,17 +114,17 @@ def test_slots_of_ended_sequences_are_used_again():
 def test_random_histories_of_tables_arrive(data, capacity):
     """Tables appear, grow, lose what drafts took, are replaced, rest and come back, in any order."""
     wire = Wire(capacity)
-    tables: list[list[int]] = []
+    tables: list[array[int]] = []
     starts: list[int] = []
     blocks = st.integers(0, 50)
     for _ in range(data.draw(st.integers(1, 30))):
         if not tables or data.draw(st.booleans()):
-            tables.append(data.draw(st.lists(blocks, min_size=1, max_size=5)))
+            tables.append(array("i", data.draw(st.lists(blocks, min_size=1, max_size=5))))
             starts.append(len(tables[-1]) * BLOCK - data.draw(st.integers(1, BLOCK)))
         rows = []
         for index in data.draw(st.lists(st.integers(0, len(tables) - 1), max_size=3, unique=True)):
             if data.draw(st.integers(0, 5)) == 0:
-                tables[index] = list(tables[index])
+                tables[index] = array("i", tables[index])
             table, start = tables[index], starts[index]
             num_room = data.draw(st.sampled_from([0, 0, 1, 3, 5]))  # for drafts, of which some are proposed
             num_drafts = data.draw(st.integers(0, num_room))
