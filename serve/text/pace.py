@@ -5,7 +5,10 @@ A step of R rows and P prompt positions beyond one a row takes
     seconds = base + row_s x R + unit_s x P
 
 `base` and `row_s` are a line through the last steps without prefill, `unit_s` is what steps with prefill take above
-that line. All of it fades step by step, so a device that slows down is noticed within `MEMORY` steps.
+that line. All of it fades step by step, so a device that slows down is noticed within `MEMORY` steps. Until steps
+without prefill have differed in size, a row is taken to cost what a prompt position does, for it computes one: a
+replica that comes up under so much load that every step has some prefill would otherwise think its decodes free, look
+cheap to the router, and be sent ever more.
 
 The backlog is what a newcomer will wait for, beside the time that its own prompt takes:
 
@@ -20,6 +23,7 @@ that differ from the typical.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from serve.backend import Load
@@ -55,7 +59,7 @@ class TextPace:
     @property
     def job_s(self) -> float:
         """By how much a decode makes a typical output beside it longer."""
-        return self._decodes.slope * self._output
+        return self._row_s * self._output
 
     def step_s(self, num_rows: int) -> float:
         """Of a step without prefill."""
@@ -65,7 +69,7 @@ class TextPace:
         num_rows = len(batch.rows)
         num_prefilled = sum([len(row.token_ids) for row in batch.rows]) - num_rows
         if not num_prefilled:
-            self._decodes.add(num_rows, step_s)
+            self._decodes.add(num_rows, step_s, self._row_s)
             return
         keep = 1 - 1 / MEMORY
         self._prefill_s = keep * self._prefill_s + max(0.0, step_s - self._decodes.at(num_rows))
@@ -91,25 +95,38 @@ class TextPace:
             backlog_s += num_before / seats * self._output * self.step_s(load.running)
         return replace(load, backlog_s=backlog_s, unit_s=self.unit_s, job_s=self.job_s)
 
+    @property
+    def _row_s(self) -> float:
+        """Of a decode beside others."""
+        slope = self._decodes.slope
+        return min(self.unit_s, self._decodes.ceiling) if slope is None else slope
+
 
 class _Line:
     """Seconds over rows: fading means, and a slope that follows what each step says of it (normalised least mean
-    squares, Widrow and Hoff, 1960). Steps of equal size say nothing and change nothing; before steps differ a row
-    costs nothing."""
+    squares, Widrow and Hoff, 1960). Steps of equal size say nothing and change nothing."""
 
     def __init__(self) -> None:
-        self.slope = 0.0
+        self.slope: float | None = None
+        """None before steps have differed."""
         self._num = self._x = self._y = 0.0
 
-    def add(self, x: float, y: float) -> None:
-        if self._num:
-            off = x - self._x
-            self.slope += GAIN * off * (y - self.at(x)) / (off * off + 1.0)
-            self.slope = min(max(self.slope, 0.0), y / x)
+    @property
+    def ceiling(self) -> float:
+        """What a row costs at most: all that the steps so far took."""
+        return self._y / self._x if self._num else math.inf
+
+    def add(self, x: float, y: float, prior: float) -> None:
+        """`prior`: the slope to begin with."""
+        off = x - self._x
+        if self._num and off:
+            slope = prior if self.slope is None else self.slope
+            slope += GAIN * off * (y - self._y - slope * off) / (off * off + 1.0)
+            self.slope = min(max(slope, 0.0), y / x)
         self._num += (1 - self._num) / MEMORY if self._num else 1 / MEMORY
         weight = 1 / (MEMORY * self._num)
         self._x += weight * (x - self._x)
         self._y += weight * (y - self._y)
 
     def at(self, x: float) -> float:
-        return max(0.0, self._y + self.slope * (x - self._x))
+        return max(0.0, self._y + (self.slope or 0.0) * (x - self._x))

@@ -55,14 +55,31 @@ def test_a_device_is_measured_as_it_is():
 
 def test_steps_of_one_size_do_not_change_what_a_row_costs():
     pace = make_pace()
+    before = pace.job_s
     for _ in range(MEMORY):
         step(pace, 4)
-    assert pace.job_s == 0.0
+    assert pace.job_s == before
     for num_decodes in islice(cycle([2, 30, 8, 16]), 4 * MEMORY):
         step(pace, num_decodes)
     for _ in range(8 * MEMORY):
         step(pace, 4)
     assert pace.job_s == pytest.approx(ROW_S * FIRST_OUTPUT, rel=0.05)
+
+
+@pytest.mark.parametrize("num_prefill", [100, 500])
+def test_a_replica_that_has_only_seen_prefill_does_not_think_its_decodes_free(num_prefill):
+    pace = make_pace()
+    for num_decodes in islice(cycle([2, 30, 8, 16]), 2 * MEMORY):
+        step(pace, num_decodes, num_prefill)
+    assert UNIT_S <= pace.job_s / FIRST_OUTPUT < UNIT_S + (BASE_S + 31 * ROW_S) / num_prefill
+    assert pace.predict(Load(running=40, memory=0.5)).backlog_s > 40 * UNIT_S * FIRST_OUTPUT
+
+
+def test_before_steps_have_differed_a_row_costs_no_more_than_a_step_takes():
+    pace = make_pace()
+    for _ in range(4):
+        pace.on_step(batch(50), 0.010)
+    assert pace.job_s == pytest.approx(0.010 / 50 * FIRST_OUTPUT)
 
 
 def test_a_device_that_slows_down_is_noticed():
