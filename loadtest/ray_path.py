@@ -124,8 +124,9 @@ def _sample(text: str, name: str) -> float:
 def write_tiny(folder: Path) -> None:
     """The config and tokenizer of a two-layer model; its weights are drawn at the start (`--load-format dummy`)."""
     source = EMBEDDED["tandem-text"]
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {**json.loads((source / "config.json").read_text()), **shape, "num_key_value_heads": 2, "head_dim": 16}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    # heads of 32, the smallest that vLLM computes on CPU
+    config = {**json.loads((source / "config.json").read_text()), **shape, "num_key_value_heads": 1, "head_dim": 32}
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, folder / name)
