@@ -42,7 +42,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it aborts on the SIGTERM that asks us to drain
-    "RAY_worker_niceness": "0",  # by default gateways and replicas are nice (15) to all else that runs here, clients too
+    "RAY_worker_niceness": "0",  # by default gateways and replicas are nice (15) to all else, clients too
     "RAY_enable_metrics_collection": "0",  # Ray's own: nobody reads an embedded one's, and they cost 6 % of the CPU
 }
 """Set before Ray is imported; what the user has set stays."""
