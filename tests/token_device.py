@@ -1,15 +1,17 @@
 """A fake device for tokens: no model, but a memory. What it samples is a hash of the tokens it finds in the blocks.
 
 A scheduler that shares, frees or reuses a block wrongly makes it read other tokens than the sequence's own, and the
-outputs differ from `tokens_alone`. Batches are computed when they are collected, as late as a real device may. Drafts
-are what it is going to sample, spoilt here and there, so that any number of them is accepted.
+outputs differ from `tokens_alone`. Batches are computed when they are collected, as late as a real device may; blocks
+that are free by then hold poison, and to write one is a breach. Drafts are what it is going to sample, spoilt here and
+there, so that any number of them is accepted. When it `runs_ahead` it makes them as late as everything else, from what
+it finds in its memory: where a sequence goes on behind them the host learns afterwards.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 from zlib import crc32
 
@@ -22,7 +24,7 @@ from serve.request import BeamParams, SamplingParams
 from serve.text.beam_group import BeamGroup
 from serve.text.kv_cache import KVCache
 from serve.text.scheduler import TokenScheduler
-from serve.text.sequence import PENDING, Sequence, TokenBatch, TokenOutput
+from serve.text.sequence import PENDING, Row, Sequence, TokenBatch, TokenOutput
 from serve.text.speculative import until_rejected
 
 VOCAB = 13
@@ -107,16 +109,13 @@ def beams_alone(prompt: list[int], sampling: SamplingParams) -> list[Found]:
     return oracle(cache(model), sampling.beams, end_ids, sampling.max_tokens)
 
 
-def guess(job: Sequence, num_drafts: int) -> list[int]:
-    """Drafts: the job's next tokens, up to one that is wrong in a fifth of the places; fewer than asked for where a
-    proposer would know nothing."""
-    known = list(job.token_ids)
-    for _ in range(crc32(array("i", known).tobytes(), 2) % (2 * num_drafts)):
-        if len(known) == len(job.token_ids) + num_drafts:
-            break
+def guess(token_ids: list[int], seed: int, num_drafts: int) -> list[int]:
+    """Drafts: what follows `token_ids`, but for a fifth of the places, which are wrong."""
+    known = list(token_ids)
+    for _ in range(num_drafts):
         is_wrong = crc32(array("i", known).tobytes(), 1) % 5 == 0
-        known.append((next_token(known, job.sampling.seed) + is_wrong) % VOCAB)
-    return known[len(job.token_ids) :]
+        known.append((next_token(known, seed) + is_wrong) % VOCAB)
+    return known[len(token_ids) :]
 
 
 class RandomLength:
@@ -140,9 +139,18 @@ def require(holds: bool, otherwise: str) -> None:
         raise DeviceFault(otherwise)
 
 
+@dataclass
+class Submitted:
+    """A batch in flight, with the block tables as they were."""
+
+    batch: TokenBatch
+    tables: list[list[int]]
+
+
 class TokenDevice:
     """A `Runner`. `fails(batch)` decides whether computing a batch raises. `is_staged`: it has several stages, which
-    know no token of a batch that has not left the last one."""
+    know no token of a batch that has not left the last one. `runs_ahead`: drafts stay on it. `kv_cache`: whose blocks
+    it writes, to see which are free."""
 
     def __init__(
         self,
@@ -151,17 +159,26 @@ class TokenDevice:
         fails: Callable[[TokenBatch], bool] = lambda batch: False,
         *,
         is_staged: bool = False,
+        runs_ahead: bool = False,
+        kv_cache: KVCache | None = None,
     ):
         self.block_size = block_size
         self.batches: list[TokenBatch] = []
         self.num_checks = 0
+        self.num_behind_drafts = 0
+        """Rows that began while it was in doubt where, and those of them with drafts of their own."""
+        self.num_drafts_behind_drafts = 0
         self._fails = fails
         self._is_staged = is_staged
+        self._runs_ahead = runs_ahead
+        self._kv_cache = kv_cache
         self._memory: list[int | None] = [None] * (num_blocks * block_size)
-        self._last: dict[str, int] = {}
-        self._unsettled: list[tuple[TokenBatch, list[list[int]]]] = []
+        self._newest: dict[str, tuple[int, int]] = {}
+        """Of each job: the token sampled last and its position."""
+        self._unsettled: list[Submitted] = []
 
-    def submit(self, batch: TokenBatch) -> tuple[TokenBatch, list[list[int]]]:
+    def submit(self, batch: TokenBatch) -> Submitted:
+        before = {row.job.id: row for row in self.batches[-1].rows} if self.batches else {}
         self.batches.append(batch)
         require(bool(batch.rows), "an empty batch")
         tables = []
@@ -169,56 +186,104 @@ class TokenDevice:
             end = row.start + len(row.token_ids) + row.num_drafts
             require(bool(row.token_ids), "a row without tokens")
             require(PENDING not in row.token_ids[:-1], "a pending token that is not the last")
-            require(not self._is_staged or PENDING not in row.token_ids, "a pending token between stages")
+            earlier = before.get(row.job.id)
+            if row.token_ids[-1] == PENDING:
+                require(not self._is_staged, "a pending token between stages")
+                require(earlier is not None and earlier.samples, "a token that the step before did not sample")
             num_missing = row.start + len(row.token_ids) - len(row.job.token_ids)
             require(num_missing < 2 or not row.job.sampling.needs_history, "a history with a gap")
-            tables.append(row.block_table[: -(-end // self.block_size)])
+            require(not row.num_in_doubt or self._runs_ahead, "a row behind drafts")
+            tables.append(list(row.block_table[: -(-end // self.block_size)]))
             require(len(tables[-1]) * self.block_size >= end, "a row without room")
             if row.num_drafts:
-                require(row.samples and row.token_ids == row.job.token_ids[row.start :], "drafts behind unknown tokens")
-                row.drafts = guess(row.job, row.num_drafts)
-        for earlier, earlier_tables in self._unsettled:
-            for a, a_table in zip(earlier.rows, earlier_tables):
-                written = set(a_table[a.start // self.block_size :])
-                for b, b_table in zip(batch.rows, tables):
-                    is_safe = a.job.owner is b.job.owner or not written & set(b_table)
-                    require(is_safe, "a block that a step in flight may still write")
-        self._unsettled.append((batch, tables))
+                is_known = row.token_ids == row.job.token_ids[row.start :]
+                can_follow = row.job.may_run_ahead and (
+                    num_missing == 1 or (earlier is not None and bool(earlier.drafts))
+                )
+                require(row.samples and (is_known or can_follow), "drafts behind unknown tokens")
+                self._propose(row)
+            self.num_behind_drafts += row.num_in_doubt > 0
+            self.num_drafts_behind_drafts += row.num_in_doubt > 0 and bool(row.drafts)
+        self._unsettled.append(Submitted(batch, tables))
         return self._unsettled[-1]
 
-    def collect(self, handle: tuple[TokenBatch, list[list[int]]]) -> TokenOutput:
-        batch, tables = self._unsettled.pop(0)
-        require(batch is handle[0], "collected out of order")
-        if self._fails(batch):
-            raise RuntimeError("this batch fails")
-        slots = [[block * self.block_size + i for block in table for i in range(self.block_size)] for table in tables]
+    def _propose(self, row: Row) -> None:
+        """Fewer drafts than asked for where a proposer would know nothing."""
+        known = array("i", [*row.job.token_ids, row.start]).tobytes()
+        num_drafts = min(crc32(known, 2) % (2 * row.num_drafts), row.num_drafts)
+        if self._runs_ahead and row.job.may_run_ahead:
+            row.drafts = [PENDING] * num_drafts
+        else:
+            row.drafts = guess(row.job.token_ids, row.job.sampling.seed, num_drafts)
+
+    def collect(self, handle: Submitted) -> TokenOutput:
+        require(self._unsettled.pop(0) is handle, "collected out of order")
+        batch = handle.batch
+        self._poison()
         for source, target in batch.copies:
             for i in range(self.block_size):
                 self._memory[target * self.block_size + i] = self._memory[source * self.block_size + i]
-        for row, slots_of_row in zip(batch.rows, slots):
-            for position, token_id in enumerate(row.token_ids + row.drafts, row.start):
-                self._memory[slots_of_row[position]] = self._last.get(row.job.id) if token_id == PENDING else token_id
+        starts = [self._write(row, table) for row, table in zip(batch.rows, handle.tables)]
         output = TokenOutput([], [], [])
-        for i, (row, slots_of_row) in enumerate(zip(batch.rows, slots)):
-            end = row.start + len(row.token_ids)
-            seen = [self._memory[slot] for slot in slots_of_row[: end + len(row.drafts)]]
-            known = [-2 if token_id is None else token_id for token_id in seen]
+        for i, (row, table, start) in enumerate(zip(batch.rows, handle.tables, starts)):
+            end = start + len(row.token_ids)
+            known = self._read(table, end + len(row.drafts))
             sampled: tuple[int, ...] = ()
             if row.samples and row.num_candidates:
                 output.candidates[i] = candidates(known, row.job, row.num_candidates)
             elif row.samples:
-                require(row.sample_position == end, "a wrong position of the random stream")
+                require(row.sample_position - row.start == end - start, "a wrong position of the random stream")
                 seed = row.job.sampling.seed
                 drawn = [next_token(known[: end + i], seed) for i in range(len(row.drafts) + 1)]
                 sampled = until_rejected(drawn, row.drafts)
-                self._last[row.job.id] = sampled[-1]
+                self._newest[row.job.id] = sampled[-1], end + len(sampled) - 1
             wants_logprobs = sampled and row.job.sampling.logprobs is not None
             full = [*known[:end], *sampled]
             entries = tuple(logprob_of(full[: i + 1]) for i in range(end, len(full)))
             output.token_ids.append(sampled)
             output.logprobs.append(entries if wants_logprobs else None)
             output.prompt_logprobs.append(self._scores(row.job, known[:end], row.start) if row.scores_prompt else None)
+        if self._fails(batch):
+            raise RuntimeError("this batch fails")
         return output
+
+    def _write(self, row: Row, table: list[int]) -> int:
+        """Fill the row's positions, drafts included; where they really begin."""
+        token_ids, start = list(row.token_ids), row.start
+        if token_ids[-1] == PENDING:
+            token_ids[-1], position = self._newest[row.job.id]
+            start = position + 1 - len(token_ids)
+        require(0 <= row.start - start <= row.num_in_doubt, "a row that is not where it was said to be")
+        for position, token_id in enumerate(token_ids, start):
+            self._set(row, table, position, token_id)
+        if PENDING in row.drafts:
+            known = self._read(table, start + len(token_ids))
+            row.drafts = guess(known, row.job.sampling.seed, len(row.drafts))
+        for position, token_id in enumerate(row.drafts, start + len(token_ids)):
+            self._set(row, table, position, token_id)
+        return start
+
+    def _set(self, row: Row, table: list[int], position: int, token_id: int) -> None:
+        block = table[position // self.block_size]
+        if self._kv_cache is not None:
+            require(self._kv_cache.num_references(block) > 0, "a step in flight writes a block that is free")
+        for later in self._unsettled:
+            for other, other_table in zip(later.batch.rows, later.tables):
+                is_safe = other.job.owner is row.job.owner or block not in other_table
+                require(is_safe, "a step in flight writes a block that a later one gave to another job")
+        self._memory[block * self.block_size + position % self.block_size] = token_id
+
+    def _read(self, table: list[int], end: int) -> list[int]:
+        size = self.block_size
+        seen = [self._memory[table[position // size] * size + position % size] for position in range(end)]
+        return [-2 if token_id is None else token_id for token_id in seen]
+
+    def _poison(self) -> None:
+        """Nobody reads what is in free blocks, but for those that are found by their prefix."""
+        cache = self._kv_cache
+        for block in () if cache is None else range(cache.num_blocks):
+            if not cache.num_references(block) and cache._hashes[block] is None:
+                self._memory[block * self.block_size : (block + 1) * self.block_size] = [None] * self.block_size
 
     @staticmethod
     def _scores(job: Sequence, known: list[int], start: int) -> list[TokenLogprobs]:
@@ -228,7 +293,7 @@ class TokenDevice:
         ]
 
     def release(self, job_id: str) -> None:
-        self._last.pop(job_id, None)
+        self._newest.pop(job_id, None)
 
     def check(self) -> None:
         self.num_checks += 1

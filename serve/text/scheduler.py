@@ -14,13 +14,11 @@ When a decode finds no free block, another one is preempted (`victim.py`). It ke
 old place in the queue.
 
 Drafts come last: when every decode and prefill is planned, what is left of the budget and of the free blocks goes to
-draft tokens behind the decodes, and nobody is preempted for one. Their blocks are provisional: those that rejected
-drafts leave unused are freed when the step is settled, and no block is published before its tokens are settled.
+draft tokens behind the decodes (`drafting.py`). No block is published before its tokens are settled.
 
 Steps may overlap. `num_scheduled` and `num_pending` run ahead of what is settled, the epoch of a preempted or removed
 sequence makes what is in flight for it stale, and its blocks stay taken until the last step that writes them is
-settled. A sequence whose drafts are in flight waits for them, for its next position depends on how many hold; one that
-is to draft waits until its newest token is known.
+settled. A sequence whose drafts are in flight goes on as if all of them held, or waits where that is of no use.
 
 Where a model is computed in stages (pipeline parallel) a sequence whose next token is in flight waits for it, and a
 batch takes no more than its share of the decodes (`turns.py`). Chunks of one prompt still follow each other.
@@ -30,6 +28,7 @@ Follows vLLM's V1 scheduler (one token count per request) and Sarathi-Serve (Agr
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 
 from serve.backend import Load
@@ -40,10 +39,11 @@ from serve.events import FinishReason
 from serve.text.beam_group import Beam, BeamGroup
 from serve.text.claims import Claims
 from serve.text.draft_length import DraftLength
+from serve.text.drafting import Drafting
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
 from serve.text.queued import Queued
-from serve.text.sequence import Row, Sequence, TokenBatch, TokenOutput, TokenUpdate
+from serve.text.sequence import Sequence, TokenBatch, TokenOutput, TokenUpdate
 from serve.text.turns import in_turn
 from serve.text.victim import choose_victim
 
@@ -66,10 +66,12 @@ class TokenScheduler:
         vocab_size: int,
         policy: Callable[[Job], float] = aged_priority,
         draft_length: DraftLength | None = None,
+        runs_ahead: bool = False,
         num_stages: int = 1,
     ):
-        """`draft_length` says how many drafts a decode gets and hears how it went; None: no speculation. The stages of
-        the model compute as many batches at a time; the engine's depth is one less."""
+        """`draft_length` says how many drafts a decode gets and hears how it went; None: no speculation. `runs_ahead`:
+        the runner goes on from drafts that the host does not know yet. The stages of the model compute as many batches
+        at a time; the engine's depth is one less."""
         if min(max_num_seqs, max_num_batched_tokens) < 1:
             budgets = f"max_num_seqs is {max_num_seqs} and max_num_batched_tokens {max_num_batched_tokens}"
             raise ValueError(f"{budgets}; both must be at least 1")
@@ -101,10 +103,11 @@ class TokenScheduler:
         self._num_left = 0  # positions to go, of the running prefills, behind the step planned last
         self._num_seats_taken = 0
         self._watermark = int(WATERMARK * kv_cache.num_blocks)
+        self._drafting = Drafting(kv_cache, self._watermark, runs_ahead=runs_ahead)
+        self._is_held_up = False  # a decode waited, in the step planned last, for blocks on their way back
 
         self._step, self._settled = 0, -1
-        self._freed_with: dict[int, list[list[int]]] = {}  # step -> block tables to free when it is settled
-        self._provisional: set[Sequence] = set()  # those with drafts in flight that took a block for them
+        self._freed_with: dict[int, list[array[int]]] = {}  # step -> block tables to free when it is settled
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -120,6 +123,7 @@ class TokenScheduler:
         self.kv_cache.extend_hashes(job.block_hashes, job.token_ids, job.cache_salt)
         if isinstance(job, BeamGroup):
             job.begin()
+        job.may_run_ahead = self._drafting.may_run_ahead(job)
         self._wait(job)
 
     def remove(self, job: Sequence) -> None:
@@ -147,24 +151,29 @@ class TokenScheduler:
         plan = self._plan(num_drafts) if only is None else self._plan_alone(only)
         if not plan:
             return None
-        drafts = self._plan_drafts(plan, num_drafts) if num_drafts else {}
+        drafts: dict[Sequence, int] = {}
+        if num_drafts and not self._is_held_up:
+            drafts = self._drafting.plan(plan, num_drafts, self.max_num_batched_tokens - sum(plan.values()))
         step, self._step = self._step, self._step + 1
         shares = (share for job, num_new in plan.items() for share in job.split(num_new))
         rows = [seq.next_row(num_new, step, drafts.get(seq, 0)) for seq, num_new in shares]
+        self._drafting.follow(rows, drafts)
         return TokenBatch(step, rows, [row.job.copy for row in rows if isinstance(row.job, Beam) and row.job.copy])
 
     def _plan(self, num_drafts: int) -> dict[Sequence, int]:
         plan: dict[Sequence, int] = {}
         prefills: dict[Sequence, int] = {}
-        is_short = False
+        is_short = self._is_held_up = False
         for seq in in_turn(self._running, plan, self._num_stages):
             num_new = seq.num_wanted
             if num_new > seq.num_seats:
                 prefills[seq] = num_new
             elif num_new and seq.status is Status.RUNNING:  # it may have become a victim just now
-                if seq.num_pending and seq.num_draftable(num_drafts):
-                    continue  # drafts follow known tokens only
-                if not seq.grow(self.kv_cache):
+                if seq.num_pending and not (
+                    seq.last_step == self._step - 1 and self._drafting.may_follow(seq, num_drafts)
+                ):
+                    continue  # the runner knows what the step before has sampled, and no more
+                if not self._drafting.grow(seq):
                     is_short = True
                     if not self._make_room(seq, plan):
                         continue
@@ -214,25 +223,6 @@ class TokenScheduler:
             self._preempt(self._victim(spare=seq))
         return {seq: min(seq.num_wanted, self.max_num_batched_tokens)}
 
-    def _plan_drafts(self, plan: dict[Sequence, int], num_drafts: int) -> dict[Sequence, int]:
-        """Drafts behind the planned decodes, as far as budget and free blocks go."""
-        drafts: dict[Sequence, int] = {}
-        left, block_size = self.max_num_batched_tokens - sum(plan.values()), self.kv_cache.block_size
-        for seq in plan:
-            if not seq.may_speculate or seq.num_scheduled + 1 != len(seq.token_ids) or seq.last_step > self._settled:
-                continue  # a decode of known tokens, with nothing else in flight: its blocks may then be freed
-            most = min(seq.num_draftable(num_drafts), left)
-            while seq.num_scheduled + 1 + most > len(seq.blocks) * block_size:
-                if self.kv_cache.num_free <= self._watermark or not self.kv_cache.extend(seq.blocks):
-                    most = len(seq.blocks) * block_size - seq.num_scheduled - 1
-                    break
-                self._provisional.add(seq)
-            if most > 0:
-                drafts[seq] = most
-                seq.has_drafts = True
-                left -= most
-        return drafts
-
     @staticmethod
     def _share(plan: dict[Sequence, int], seq: Sequence, num_new: int, left: int) -> int:
         """Plan a prefill: all of it when it fits into what is left of the budget, else half of what is left."""
@@ -270,7 +260,8 @@ class TokenScheduler:
     def _make_room(self, seq: Sequence, plan: dict[Sequence, int]) -> bool:
         """Preempt until `seq` has what its step needs. False: it became a victim, or waits for a step in flight."""
         while not seq.grow(self.kv_cache):
-            if self._freed_with or self._provisional:
+            if self._freed_with or self._drafting.holds_blocks or seq.num_in_doubt:
+                self._is_held_up = True
                 return False  # a victim's blocks, or drafts', are on their way; nobody is preempted for a draft
             victim = self._victim()
             plan.pop(victim, None)
@@ -301,7 +292,7 @@ class TokenScheduler:
         self._num_seats_taken -= seq.num_seats
         for waiter in self._claims.give_up(seq, seq.block_hashes[seq.num_published :]):
             self._waiting.add(waiter)
-        self._provisional.discard(seq)
+        self._drafting.release(seq)
         for part in seq.holders:
             part.epoch += 1
             if part.last_step > self._settled:
@@ -321,6 +312,8 @@ class TokenScheduler:
             seq = row.job
             if seq.epoch != row.epoch:
                 continue
+            if row.num_in_doubt:
+                row.start = seq.num_computed  # all before it is settled
             seq.num_computed = end = row.start + len(row.token_ids)
             if end >= (seq.num_published + 1) * block_size:
                 self._publish(seq)
@@ -341,7 +334,9 @@ class TokenScheduler:
             elif end == seq.num_to_compute:  # max_tokens is 0: the prompt was all
                 finish = FinishReason.LENGTH
             if row.num_drafts:
-                self._settle_drafts(seq, row, len(sampled) - 1, num_kept)
+                self._drafting.settle(seq, row, len(sampled) - 1, num_kept)
+                if seq.num_computed >= (seq.num_published + 1) * block_size:
+                    self._publish(seq)
             if finish is not None:
                 self._release(seq)
             tokens = None
@@ -355,34 +350,16 @@ class TokenScheduler:
             self.draft_length.observe(batch, output)
         return updates
 
-    def _settle_drafts(self, seq: Sequence, row: Row, num_accepted: int, num_kept: int) -> None:
-        """The positions of accepted drafts are computed; the others' will be written again, their blocks come free."""
-        seq.num_drafted += len(row.drafts)
-        seq.num_accepted += min(num_accepted, num_kept)
-        seq.num_computed = seq.num_scheduled = row.start + 1 + min(num_accepted, num_kept)
-        if seq.num_computed >= (seq.num_published + 1) * self.kv_cache.block_size:
-            self._publish(seq)
-        self._drop_drafts(seq)
-
-    def _drop_drafts(self, seq: Sequence) -> None:
-        """Nothing in flight drafts for `seq` any more: free the blocks beyond its known tokens."""
-        seq.has_drafts = False
-        self._provisional.discard(seq)
-        num_blocks = -(-len(seq.token_ids) // self.kv_cache.block_size)
-        spare = seq.blocks[num_blocks:]
-        del seq.blocks[num_blocks:]
-        self.kv_cache.free(spare)
-
     def abandon(self, batch: TokenBatch) -> None:
         """What was settled before this batch stays; later batches in flight are stale for its sequences."""
         for row in batch.rows:
             if row.job.epoch != row.epoch:
                 continue
-            if row.num_drafts:
-                self._drop_drafts(row.job)
             for part in row.job.owner.holders:  # one beam's positions may be another's prefix
                 part.epoch += 1
                 part.num_scheduled, part.num_pending = part.num_computed, 0
+            if row.job.num_in_doubt:
+                self._freed_with.setdefault(row.job.last_step, []).append(self._drafting.forget(row.job))
         self._settle(batch)
 
     def _publish(self, seq: Sequence) -> None:

@@ -6,13 +6,17 @@
 `num_scheduled` runs ahead of `num_computed` while steps are in flight. A token that a step in flight will sample is not
 in `token_ids` yet: the scheduler counts it as `num_pending`, the runner knows its value on the device.
 
-Speculation: a row may ask for draft tokens after its known ones. The runner proposes them, computes them in the same
-forward and gives back those that hold, and one more. They never enter `token_ids` before that, and how many positions
-they will have settled is unknown while they are in flight (`has_drafts`): such a sequence waits for that step.
+Speculation: a row may ask for draft tokens after its newest one. The runner proposes them, computes them in the same
+forward and gives back those that hold, and one more. They never enter `token_ids` before that. While they are in flight
+the sequence is planned on as if all of them held: `num_scheduled` and `num_pending` are upper bounds then, too high by
+at most `num_in_doubt`, and come down as steps are settled. The device knows the truth one step earlier than the host,
+so the runner can begin the next step in the right place. What only the host can prepare waits for it instead:
+grammars, penalties, and whoever drafts from known tokens (`may_run_ahead`).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -24,7 +28,8 @@ from serve.text.grammar import Matcher
 from serve.text.kv_cache import KVCache
 
 PENDING = -1
-"""In `Row.token_ids`: the token sampled for this job by the previous batch, known to the runner only."""
+"""In `Row.token_ids`: the token sampled for this job by the previous batch, known to the runner only. In `Row.drafts`:
+a draft that the host does not know yet."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -38,10 +43,12 @@ class Sequence(Job):
     cache_salt: str = ""
     prompt_logprobs: int | None = None
     may_speculate: bool = True
+    may_run_ahead: bool = False
+    """Whether it is planned on while its drafts are in flight. Set by `add`."""
     matcher: Matcher | None = None
     """Where the output stands in its grammar. Follows `token_ids`, so preemption means nothing to it."""
 
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     """Block table, append-only while a step in flight may read it. What drafts leave unused at its end is freed."""
     num_computed: int = 0
     num_scheduled: int = 0
@@ -51,8 +58,8 @@ class Sequence(Job):
     num_preemptions: int = 0
     num_owed: int = 0
     """Positions that its admission is expected to bring to be computed, while it waits."""
-    has_drafts: bool = False
-    """Whether a step in flight verifies drafts of it."""
+    num_in_doubt: int = 0
+    """Drafts in flight: so many of its scheduled positions may turn out not to be there."""
     num_drafted: int = 0
     num_accepted: int = 0
     """Draft tokens that were verified, and those of them that became output."""
@@ -119,9 +126,8 @@ class Sequence(Job):
 
     def forget_progress(self) -> None:
         """It holds no blocks any more."""
-        self.blocks = []
-        self.has_drafts = False
-        self.num_computed = self.num_scheduled = self.num_pending = self.num_published = 0
+        self.blocks = array("i")
+        self.num_computed = self.num_scheduled = self.num_pending = self.num_in_doubt = self.num_published = 0
 
     @property
     def num_output(self) -> int:
@@ -140,7 +146,7 @@ class Sequence(Job):
     @property
     def num_wanted(self) -> int:
         """How many positions could be computed now, drafts not counted."""
-        if self.has_drafts:
+        if self.num_in_doubt and not self.may_run_ahead:
             return 0  # where it goes on is not known yet
         if self.num_pending and self.num_scheduled == self.num_to_compute:
             return 0  # the pending token is the last one
@@ -154,8 +160,10 @@ class Sequence(Job):
         end = start + num_new
         samples = end == len(ids) + self.num_pending and self.sampling.max_tokens > 0
         scores = self.prompt_logprobs is not None and start < self.num_prompt - 1 and not self.is_scored
-        self.num_scheduled = end
-        self.num_pending += samples
+        num_in_doubt = self.num_in_doubt
+        self.num_scheduled = end + num_drafts
+        self.num_pending += samples + num_drafts
+        self.num_in_doubt += num_drafts
         self.last_step = step
         return Row(
             self,
@@ -168,6 +176,7 @@ class Sequence(Job):
             scores,
             num_drafts,
             self.num_candidates,
+            num_in_doubt,
         )
 
     def num_draftable(self, most: int) -> int:
@@ -215,22 +224,26 @@ class Row:
     token_ids: list[int]
     """The new tokens to compute; the last may be PENDING."""
     start: int
-    """Position of the first of them."""
-    block_table: list[int]
+    """Position of the first of them, as if all drafts in flight held."""
+    block_table: array[int]
     """The sequence's own list, at least as long as this step needs. It may grow later, and what is there never changes:
     a preempted sequence gets a new list. So nothing is copied."""
     samples: bool
     """Whether the last position's logits choose a token (the chunk reaches the end of what is known)."""
     sample_position: int
-    """Position of the (first) token to be sampled: the counter of the random stream."""
+    """Position of the (first) token to be sampled, likewise: the counter of the random stream."""
     scores_prompt: bool = False
     """Whether log-probabilities of the next prompt tokens are wanted for these positions."""
     num_drafts: int = 0
     """How many draft tokens may follow `token_ids`; the block table has room for them."""
     num_candidates: int = 0
     """More than 0: instead of drawing a token, find so many of the likeliest, with log-probabilities (a beam)."""
+    num_in_doubt: int = 0
+    """By how much, at most, the row really starts before `start`. The runner knows by how much exactly, on the device:
+    `TokenLayout.behind`."""
     drafts: list[int] = field(default_factory=list)
-    """The tokens proposed, by the runner. Each wants logits too: the row samples after every one of them."""
+    """The tokens proposed, by the runner; PENDING until its output is there where the host does not know them. Each
+    wants logits too: the row samples after every one of them."""
     newest: int | None = None
     """What PENDING stands for, told by the runner where a grammar has to know."""
 
@@ -250,6 +263,7 @@ class Row:
             self.block_table,
             True,
             self.sample_position + num_drafts,
+            num_in_doubt=self.num_in_doubt,
             drafts=drafts,
         )
 

@@ -540,4 +540,4 @@ def test_a_sequence_waits_for_its_drafts_and_drafts_wait_for_its_newest_token():
     second = scheduler.schedule()
     assert drafts(second) == {"a": 3} and scheduler.schedule() is None
     scheduler.abandon(second)
-    assert (job.num_scheduled, len(job.blocks), job.has_drafts) == (3, 1, False)
+    assert (job.num_scheduled, len(job.blocks), job.num_in_doubt) == (3, 1, 0)

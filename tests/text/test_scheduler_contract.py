@@ -56,23 +56,23 @@ class Plan:
 
 
 @st.composite
-def plans(draw) -> Plan:
+def plans(draw, max_tokens=(20, 20, 20, 12, 5, 2, 1, 0)) -> Plan:
     family, length = draw(st.integers(1, 2)), draw(st.sampled_from([1, 7, 8, 12, 16, 16, 21]))
     own_tail = draw(st.lists(st.integers(1, VOCAB - 1), max_size=5))
     prompt = [(family * 5 + i * i) % VOCAB for i in range(length)] + own_tail
-    job = draw(beam_groups(prompt) if draw(st.integers(0, 3)) == 3 else sequences(prompt))
+    job = draw(beam_groups(prompt) if draw(st.integers(0, 3)) == 3 else sequences(prompt, max_tokens))
     cancelled = draw(st.sampled_from([None] * 6 + [0, 1, 3, 6]))
     return Plan(job, draw(st.sampled_from([0, 0, 1, 2, 8])), cancelled, draw(st.integers(0, 14)) == 14)
 
 
 @st.composite
-def sequences(draw, prompt: list[int]) -> Sequence:
+def sequences(draw, prompt: list[int], max_tokens) -> Sequence:
     return sequence(
         prompt,
         priority=draw(st.sampled_from([0, 0, 1])),
         salt=draw(st.sampled_from(["", "", "", "tenant"])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
-        max_tokens=draw(st.sampled_from([20, 20, 20, 12, 5, 2, 1, 0])),
+        max_tokens=draw(st.sampled_from(max_tokens)),
         min_tokens=draw(st.integers(0, 3)),
         ignore_eos=draw(st.sampled_from([True, True, False])),
         stop_token_ids=draw(st.sampled_from([(), (), (3,)])),
@@ -110,6 +110,9 @@ def check_books(scheduler: TokenScheduler, unfinished: int) -> None:
     held = {block for seq in scheduler._running for part in seq.holders for block in part.blocks}
     held |= {block for tables in scheduler._freed_with.values() for table in tables for block in table}
     assert scheduler.kv_cache.num_free + len(held) == scheduler.kv_cache.num_blocks
+    for seq in scheduler._running:
+        assert seq.num_seats > 1 or seq.num_computed < len(seq.token_ids), "what is not known is not computed"
+        assert seq.num_in_doubt < max(seq.num_pending, 1)
     load = scheduler.load()
     waiting = [*scheduler._waiting, *scheduler._claims._waits_for]
     assert load.running + load.waiting == unfinished
@@ -150,17 +153,38 @@ def check_beams(job: BeamGroup, reason: FinishReason | None, updates: list[BeamU
     caching=st.booleans(),
     num_drafts=st.sampled_from([0, 0, 1, 3, 6]),
     is_staged=st.booleans(),
+    runs_ahead=st.booleans(),
 )
-def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, caching, num_drafts, is_staged):
-    """Progress, budget, conservation, once and transparency, with preemption, cancel, sharing, failures and drafts.
+def test_contract(wanted, **options):
+    """Progress, budget, conservation, once and transparency, with preemption, cancel, sharing, failures and drafts."""
+    check_contract(wanted, **options)
 
-    `is_staged`: the batches in flight are in the stages of a pipeline.
-    """
+
+@settings(max_examples=150, deadline=None)
+@given(
+    wanted=st.lists(plans(max_tokens=(36, 36, 25, 7)), min_size=1, max_size=6),
+    depth=st.sampled_from([1, 1, 3]),
+    capacity=st.sampled_from([64, 80, 120, 200]),
+    block_size=st.integers(1, 4),
+    budget=st.sampled_from([8, 20, 50]),
+    max_num_seqs=st.sampled_from([2, 8]),
+    caching=st.booleans(),
+    num_drafts=st.sampled_from([1, 2, 3, 6]),
+)
+def test_contract_while_drafts_are_in_flight(wanted, **options):
+    """The same where sequences go on behind their drafts most of the time."""
+    check_contract(wanted, **options, is_staged=False, runs_ahead=True)
+
+
+def check_contract(
+    wanted, *, depth, capacity, block_size, budget, max_num_seqs, caching, num_drafts, is_staged, runs_ahead
+):
+    """`is_staged`: the batches in flight are in the stages of a pipeline. `runs_ahead`: drafts stay on the device."""
     num_blocks = capacity // block_size
     scheduler = make_scheduler(
         num_blocks, block_size, enable_prefix_caching=caching,
         max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, max_model_len=64,
-        draft_length=RandomLength(num_drafts), num_stages=depth + 1 if is_staged else 1,
+        draft_length=RandomLength(num_drafts), num_stages=depth + 1 if is_staged else 1, runs_ahead=runs_ahead,
     )  # fmt: skip
     poison = {id(plan.job) for plan in wanted if plan.is_poison}
     device = TokenDevice(
@@ -168,6 +192,8 @@ def test_contract(wanted, depth, capacity, block_size, budget, max_num_seqs, cac
         block_size,
         lambda batch: any(id(job) in poison for job in batch.jobs),
         is_staged=is_staged and depth > 0,
+        runs_ahead=runs_ahead,
+        kv_cache=scheduler.kv_cache,
     )
     now = [0.0]
     engine = Engine(scheduler, device, depth=depth, clock=lambda: now[0])
