@@ -195,6 +195,12 @@ class ModelOptions:
     """Sequences computed in one step."""
     block_size: int = bounded(16, least=1, most=1024, only="text")
     """Positions in a block of the KV cache."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "int8"] = only_for("text", "auto")
+    """What keys and values are kept in. auto: as the model computes. fp8 (e4m3), int8: one byte a number, with a scale
+    for every position and head; about twice as many fit as in bfloat16, and outputs differ a little."""
+    attention_backend: Literal["auto", "cpu", "flashinfer", "sdpa", "triton", "varlen"] = only_for("text", "auto")
+    """What computes attention. auto: the fastest as measured for this device and shape, where it was
+    (`models/attention/measured.json`), else triton on CUDA and cpu on CPU (sdpa with a quantised cache)."""
     enable_prefix_caching: bool = only_for("text", True)
     gpu_memory_utilization: float = bounded(0.9, least=0.01, most=1.0, only="text")
     """Share of the device's memory for weights, activations and KV cache together."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from models.attention.build import make_attention
 from models.parallel import ALONE
 from models.text.base import CausalLM
 from serve.compute import (
@@ -49,7 +48,7 @@ from serve.text.draft_length import AdaptiveLength
 from serve.text.grammar_compiler import GrammarCompiler
 from serve.text.grammar_vocabulary import load_vocabulary
 from serve.text.kv_cache import KVCache
-from serve.text.load import cache_of, load_model
+from serve.text.load import attention_of, cache_of, load_model
 from serve.text.load_progress import LoadProgress
 from serve.text.pace import TextPace
 from serve.text.prefix_digest import PrefixDigest
@@ -208,8 +207,10 @@ def _build(
         slo_tpot_s=options.slo_tpot_s,
     )
     log.info(
-        "model ready model=%s device=%s dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d load_s=%.1f",
-        *(card.name, card.device, card.dtype, threads, card.max_model_len, card.kv_cache_tokens, card.load_s),
+        "model ready model=%s device=%s dtype=%s kv_cache_dtype=%s threads=%d max_model_len=%d kv_cache_tokens=%d "
+        "load_s=%.1f",
+        *(card.name, card.device, card.dtype, options.kv_cache_dtype, threads, card.max_model_len),
+        *(card.kv_cache_tokens, card.load_s),
     )
     return engine, card
 
@@ -252,7 +253,7 @@ def _fit_runner(
         )
         if loading is not None:
             loading.ranks.group.call("allocate", num_blocks=size.num_blocks + 1)
-        attention = make_attention("auto", cache, model.rank_spec.num_heads)
+        attention = attention_of(options, cache, model.rank_spec.num_heads)
         can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
         has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and loading is None
         runner = TokenRunner(

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from models.attention.base import KVCacheSpec, TokenLayout
-from models.attention.build import make_attention
 from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.errors import ConfigError
 from serve.options import ModelOptions
+from serve.text.load import attention_of
 
 CPU_SEQUENCES_SHARE = 1 / 8
 """Full-length sequences the CPU cache holds, as a share of `max_num_seqs`."""
@@ -98,7 +98,7 @@ def cuda_cache_bytes(
     if options.kv_cache_memory_bytes is not None:
         return options.kv_cache_memory_bytes
     num_scored = options.max_num_seqs if has_logits else 0
-    step_bytes = _measure_step(model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
+    step_bytes = _measure_step(options, model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
     left = int(total_bytes * options.gpu_memory_utilization) - (total_bytes - free_bytes) - step_bytes
@@ -123,14 +123,16 @@ def _lines(path: str | Path) -> list[str]:
 
 
 @torch.inference_mode()
-def _measure_step(model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, num_scored: int) -> int:
+def _measure_step(
+    options: ModelOptions, model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, num_scored: int
+) -> int:
     """Peak bytes of one step with a full token budget and logits for `num_scored` rows, beyond what is held now.
 
     All sequences share the same few blocks: what is computed means nothing, what it takes is the same.
     """
     length = min(max_num_tokens, model.spec.max_positions)
     num_blocks = -(-length // spec.block_size)
-    attention = make_attention("auto", spec, model.rank_spec.num_heads)
+    attention = attention_of(options, spec, model.rank_spec.num_heads)
     context_cache = attention.allocate(num_blocks)
     lengths = [length] * (max_num_tokens // length)
     if rest := max_num_tokens % length:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from models.attention.base import KVCacheSpec
+from models.attention.base import AttentionBackend, KVCacheSpec
+from models.attention.build import make_attention
 from models.parallel import ALONE, Place
 from models.registry import load_text_model
 from models.text.base import CausalLM, ModelError
@@ -49,8 +50,19 @@ def load_model(
 
 def cache_of(options: ModelOptions, model: CausalLM, device: torch.device) -> KVCacheSpec:
     """What this rank keeps of every position."""
-    spec = model.rank_spec
-    return KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device)
+    spec, kind = model.rank_spec, options.kv_cache_dtype
+    kv_dtype = "fp8_e4m3" if kind == "fp8" else kind
+    return KVCacheSpec(
+        spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device, kv_dtype
+    )
+
+
+def attention_of(options: ModelOptions, cache: KVCacheSpec, num_heads: int) -> AttentionBackend:
+    """Raises ConfigError when the backend asked for cannot compute with this cache."""
+    try:
+        return make_attention(options.attention_backend, cache, num_heads)
+    except ValueError as error:
+        raise ConfigError(f"attention_backend: {error}", param="attention_backend") from error
 
 
 def held_by(model: CausalLM, device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from models.attention.base import AttentionBackend
-from models.attention.build import make_attention
 from models.parallel import Place
 from models.staging import Staging
 from models.text.base import CausalLM, StepContext
@@ -20,7 +19,7 @@ from serve.compute import SMALL_MODEL, keep_freed_memory, settle_threads, take_m
 from serve.options import ModelOptions
 from serve.ranks.spec import PeerSpec
 from serve.text.cache_size import cache_bytes
-from serve.text.load import cache_of, held_by, load_model
+from serve.text.load import attention_of, cache_of, held_by, load_model
 from serve.text.step_message import Step, StepDecoder
 
 
@@ -73,7 +72,7 @@ class TextWorker:
     def allocate(self, num_blocks: int) -> dict[str, Any]:
         """`num_blocks` as the driver has them, the canary's included."""
         cache = cache_of(self._options, self._model, self._device)
-        self._attention = make_attention("auto", cache, self._model.rank_spec.num_heads)
+        self._attention = attention_of(self._options, cache, self._model.rank_spec.num_heads)
         self._kv_cache = self._attention.allocate(num_blocks)
         self._decoder = StepDecoder()
         self._idle_work = take_memory(self._kv_cache) if self._is_large_on_cpu else iter(())
