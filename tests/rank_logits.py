@@ -14,9 +14,9 @@ from models.registry import load_text_model
 CPU = torch.device("cpu")
 
 
-def logits_of(folder: Path, place: Place = ALONE, *, attention: str = "cpu", load_format: str = "auto") -> Any:
+def logits_of(folder: Path, place: Place = ALONE, *, attention: str = "cpu", **options: Any) -> Any:
     """Logits of a prompt in two chunks beside another, then of decodes of both; None on stages without them."""
-    model = load_text_model(folder, device=CPU, place=place, load_format=load_format)
+    model = load_text_model(folder, device=CPU, place=place, **options)
     paged = PagedModel(model, attention)
     generator = torch.Generator().manual_seed(3)
     first, second = torch.randint(0, model.spec.vocab_size, (2, 40), generator=generator).tolist()
@@ -29,9 +29,9 @@ def logits_of(folder: Path, place: Place = ALONE, *, attention: str = "cpu", loa
     return torch.cat([logits for step in steps for logits in paged.step(step).values()])
 
 
-def rank_logits(rank: int, tensor_size: int, num_stages: int, models: list[tuple[Path, str]]) -> list[Any]:
-    """`logits_of` every model: its folder and load format."""
+def rank_logits(rank: int, tensor_size: int, num_stages: int, models: list[tuple[Path, dict[str, Any]]]) -> list[Any]:
+    """`logits_of` every model: its folder and how it is loaded."""
     place = Place.join(rank, tensor_size=tensor_size, num_stages=num_stages)
-    results = [logits_of(folder, place, load_format=load_format) for folder, load_format in models]
+    results = [logits_of(folder, place, **options) for folder, options in models]
     place.flush()
     return results

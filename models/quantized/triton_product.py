@@ -78,8 +78,8 @@ def multiply(
     """y_TE of `dtype` from dense rows. `scale_TG`: of e4m3 rows, by the matrix's groups of input features."""
     num_rows, out_features = x_TD.shape[0], matrix.out_features
     assert x_TD.stride(1) == 1 and x_TD.shape[1] == matrix.in_features
-    rows = min(128, max(16, triton.next_power_of_2(num_rows)))
-    features = 128 if rows == 128 and matrix.packs == 1 else 64
+    rows = min(128 if matrix.packs == 1 else 64, max(16, triton.next_power_of_2(num_rows)))
+    features = 128 if rows == 128 else 64
     tiles = triton.cdiv(out_features, features) * triton.cdiv(num_rows, rows)
     num_parts = _num_parts(matrix, tiles)
     y_PTE = torch.empty(
@@ -93,7 +93,7 @@ def multiply(
         width=matrix.in_features, group=matrix.group, chunk=matrix.chunk, packs=matrix.packs,
         has_zero=matrix.zero_EG is not None, scales_rows=scale_TG is not None, has_bias=has_bias,
         rows=rows, features=features, parts=num_parts,
-        num_warps=8 if features == 128 else 4, num_stages=3 if rows == 128 else 4,
+        num_warps=4 if rows < 128 else 8, num_stages=4 if rows < 128 else 3,
     )  # fmt: skip
     if num_parts == 1:
         return y_PTE[0]
@@ -167,11 +167,12 @@ def _multiply(
         for half in tl.static_range(packs):
             at = (step * packs + half) * chunk
             x = tl.load(x_at + at, mask=is_t[None, :], other=0.0)
-            values = (octets >> (4 * half)) & 15 if packs == 2 else octets
-            values = values.to(x.dtype)
+            values = octets if packs == 1 else ((octets >> (4 * half)) & 15).to(tl.float32)
             if has_zero:
                 zero = tl.load(zero_ptr + groups_at + at // group, mask=is_e, other=0.0)
-                values = values - zero.to(x.dtype)[:, None]
+                values -= zero.to(tl.float32)[:, None]
+            if values.dtype != x.dtype:
+                values = values.to(tl.float32).to(x.dtype)
             if num_groups == 1:
                 total = tl.dot(values, x, total, input_precision="ieee")
             else:

@@ -50,10 +50,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize(("tensor_size", "num_stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])
 def test_ranks_compute_the_logits_of_one(folders: list[Path], tensor_size: int, num_stages: int) -> None:
     """Random weights too, where rows and columns are cut: they are those of one rank. Stages alone change no bit."""
-    models = [(folder, "auto") for folder in folders] + [(folders[1], "dummy")]
+    models: list[tuple[Path, dict[str, Any]]] = [(folder, {}) for folder in folders]
+    models.append((folders[1], {"load_format": "dummy"}))
     results = run_ranks(tensor_size * num_stages, rank_logits, tensor_size, num_stages, models)
-    for name, (folder, load_format), *of_ranks in zip([*FAMILIES, "dummy"], models, *results, strict=True):
-        expected = logits_of(folder, load_format=load_format)
+    for name, (folder, options), *of_ranks in zip([*FAMILIES, "dummy"], models, *results, strict=True):
+        expected = logits_of(folder, **options)
         first, *others = of_ranks[-tensor_size:]
         assert all(torch.equal(first, other) for other in others), name
         torch.testing.assert_close(first, expected, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")

@@ -40,11 +40,13 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize(("num_ranks", "families"), [(2, tuple(MODELS)), (4, ("gemma2", "olmo2"))])
 def test_ranks_compute_the_logits_of_one(tmp_path: Path, num_ranks: int, families: tuple[str, ...]) -> None:
-    models = [(tiny_folder(tmp_path, family, **MODELS[family]), "auto") for family in families]
-    models.append((models[0][0], "dummy"))
+    models: list[tuple[Path, dict[str, Any]]] = [
+        (tiny_folder(tmp_path, family, **MODELS[family]), {}) for family in families
+    ]
+    models.append((models[0][0], {"load_format": "dummy"}))
     results = run_ranks(num_ranks, rank_logits, num_ranks, 1, models)
-    for name, (folder, load_format), first, *others in zip([*families, "dummy"], models, *results, strict=True):
-        expected = logits_of(folder, load_format=load_format)
+    for name, (folder, options), first, *others in zip([*families, "dummy"], models, *results, strict=True):
+        expected = logits_of(folder, **options)
         assert all(torch.equal(first, other) for other in others), name
         torch.testing.assert_close(first, expected, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
         assert torch.equal(first.argmax(-1), expected.argmax(-1)), name
