@@ -26,7 +26,7 @@ from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.text.gumbel import Stream
 from serve.text.proposer import Proposed
-from serve.text.sampler import Sampler
+from serve.text.sampler import TokenSampler
 from serve.text.sequence import Row
 from serve.transfer import to_device
 
@@ -72,7 +72,7 @@ class DraftModel:
         self._hashes: list[bytes | None] = [None] * num_blocks
         """Of each block: the hash of the tokens computed in it and of all before them. None: not all of them are."""
 
-    def propose(self, rows: Seq[Row], sampler: Sampler) -> Proposed:
+    def propose(self, rows: Seq[Row], sampler: TokenSampler) -> Proposed:
         proposed = Proposed()
         drafting = self._catch_up(rows, proposed)
         if not drafting:
@@ -139,17 +139,18 @@ class DraftModel:
         self._staging.send()
         return self.model.forward(ids_T, positions_T, context)
 
-    def _draw(self, logits_RV: torch.Tensor, rows: list[Row], sampler: Sampler, proposed: Proposed) -> None:
+    def _draw(self, logits_RV: torch.Tensor, rows: list[Row], sampler: TokenSampler, proposed: Proposed) -> None:
         """Append a draft to every row."""
         draws = [row.after(len(row.drafts)) for row in rows]
-        stream = Stream.DRAFT if self._rejects else Stream.TARGET
-        drawn = sampler.sample(logits_RV, draws, stream=stream).token_ids_R.tolist()
-        if self._rejects:
-            scores_RV = sampler.processed(logits_RV, draws)
+        plan = sampler.plan(draws, self._staging, stream=Stream.DRAFT if self._rejects else Stream.TARGET)
+        inputs_R = self._staging.put([row.token_ids[-1] for row in draws], torch.int64) if plan.needs_inputs else None
+        self._staging.send()
+        sampled = sampler.sample(logits_RV, plan, inputs_R, keeps_scores=self._rejects)
+        if sampled.processed_RV is not None:
             for i, row in enumerate(rows):
                 if not row.job.sampling.is_greedy:
-                    proposed.scores.setdefault(row.job.id, []).append(scores_RV[i])
-        for row, token_id in zip(rows, drawn):
+                    proposed.scores.setdefault(row.job.id, []).append(sampled.processed_RV[i])
+        for row, token_id in zip(rows, sampled.token_ids_R.tolist()):
             row.drafts.append(token_id)
 
     # -- what is computed already ----------------------------------------------------------------------------------

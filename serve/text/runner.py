@@ -38,7 +38,7 @@ from serve.text.flight import Flight, PromptScores, land, take_off
 from serve.text.logprobs import score
 from serve.text.peers import Peers
 from serve.text.proposer import Proposed, Proposer
-from serve.text.sampler import Proposal, Sampled, Sampler
+from serve.text.sampler import Sampled, SamplingPlan, make_sampler
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
 from serve.text.step_inputs import StepInputs
 from serve.text.step_message import Step
@@ -62,8 +62,11 @@ class _Planned:
     sources: list[int]
     """Of the step's pending tokens: their places among the draws of the step before."""
     began_s: float
+    draws: list[Row]
+    """One entry per token that the step samples."""
+    sampling: SamplingPlan | None = None
     computed: tuple[torch.Tensor, list[PromptScores], torch.Tensor | None] | None = None
-    """Logits of the wanted positions (hidden states for want of such), scores of prompts, tokens that were pending."""
+    """Logits of the wanted positions (hidden states for want of such), scores of prompts, inputs that draws need."""
 
 
 class TokenRunner:
@@ -99,7 +102,7 @@ class TokenRunner:
         table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
         self._queue = queue or queue_of(cache.device)
         self.staging = Staging(cache.device, CAPACITY + table_bytes, self._queue)
-        self._sampler = Sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
+        self._sampler = make_sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._proposer = proposer
         self._rejects = rejects
         self._clock = clock
@@ -167,8 +170,9 @@ class TokenRunner:
         self._canary_logits = self._canary()
         if not self._canary_logits.isfinite().all():
             raise DeviceFault("the model's very first logits are not finite; its weights or its dtype are unfit")
-        if self._graphs is not None:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            self._sampler.warm_up(self._rejects)
+            if self._graphs is not None:
                 self._graphs.warm_up()
 
     def capture_next(self) -> bool:
@@ -231,7 +235,7 @@ class TokenRunner:
         layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
         wants_all = len(last) == len(ids) and not last_of_beams
         step = Step(ids, positions, layout, last, wants_all, scored, batch.copies, pending)
-        return _Planned(rows, step, proposed, sources, began_s)
+        return _Planned(rows, step, proposed, sources, began_s, _draws(rows))
 
     def _compute(self, planned: _Planned) -> Flight:
         self._compute_model(planned)
@@ -261,6 +265,9 @@ class TokenRunner:
         last_R = slice(num_tokens) if step.wants_all else staging.put(step.wanted, torch.int64)
         pending = [staging.put(places, torch.int64) for places in (step.pending, planned.sources) if places]
         copies = [staging.put(blocks, torch.int64) for blocks in zip(*step.copies)]
+        if planned.draws:
+            proposals = planned.proposed.in_place(planned.rows) if self._rejects else None
+            planned.sampling = self._sampler.plan(planned.draws, staging, proposals=proposals)
         staging.send()
         if copies:
             self._attention.copy_blocks(self.kv_cache, *copies)
@@ -279,26 +286,25 @@ class TokenRunner:
             hidden_TD = self.model.forward(ids_T, inputs.positions_T, context)
         prompts = self._score_prompts(planned, hidden_TD) if step.scored else []
         hidden_RD = hidden_TD[last_R]
-        pending_R = ids_T[last_R] if step.pending else None
-        return self.model.logits(hidden_RD) if step.wanted else hidden_RD, prompts, pending_R
+        inputs_R = ids_T[last_R] if planned.sampling is not None and planned.sampling.needs_inputs else None
+        return self.model.logits(hidden_RD) if step.wanted else hidden_RD, prompts, inputs_R
 
     def _choose(
         self,
         planned: _Planned,
         logits_RV: torch.Tensor,
         prompts: list[PromptScores],
-        pending_R: torch.Tensor | None,
+        inputs_R: torch.Tensor | None,
     ) -> Flight:
         """Draw tokens, then find candidates for beams: so come the positions that want logits."""
-        rows = planned.rows
-        draws, beams = _draws(rows), [row for row in rows if row.samples and row.num_candidates]
+        rows, draws = planned.rows, planned.draws
+        beams = [row for row in rows if row.samples and row.num_candidates]
         num_draws = len(draws)
-        if draws:
-            proposals = _proposals(rows, planned.proposed) if self._rejects else None
-            pending_R = None if pending_R is None else pending_R[:num_draws]
-            if pending_R is not None:
+        if planned.sampling is not None:
+            if planned.step.pending:
                 self._reveal(draws)
-            sampled = self._sampler.sample(logits_RV[:num_draws], draws, pending_R, proposals=proposals)
+            inputs_R = None if inputs_R is None else inputs_R[:num_draws]
+            sampled = self._sampler.sample(logits_RV[:num_draws], planned.sampling, inputs_R)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             sampled = Sampled(nothing, nothing, [], None)
@@ -370,7 +376,7 @@ class TokenRunner:
         layout = TokenLayout([len(ids)], [start], [self._own_table])
         wanted = list(range(len(ids)))
         step = Step(ids, [start + i for i in wanted], layout, wanted, wants_all=True)
-        planned = _Planned([], step, Proposed(), [], 0.0)
+        planned = _Planned([], step, Proposed(), [], 0.0, [])
         if self.peers is not None:
             self.peers.tell(planned.step)
         self._compute_model(planned)
@@ -384,16 +390,3 @@ def _draws(rows: list[Row]) -> list[Row]:
         drawing = (row for row in rows if row.samples and not row.num_candidates)
         return [row.after(i) for row in drawing for i in range(len(row.drafts) + 1)]
     return [row for row in rows if row.samples and not row.num_candidates]
-
-
-def _proposals(rows: list[Row], proposed: Proposed) -> list[Proposal | None]:
-    """The draft in the place of each draw, None where there is none: the last draw of every row."""
-    proposals: list[Proposal | None] = []
-    for row in rows:
-        if row.samples and not row.num_candidates:
-            scores = proposed.scores.get(row.job.id)
-            proposals += [
-                Proposal(token_id, None if scores is None else scores[i]) for i, token_id in enumerate(row.drafts)
-            ]
-            proposals.append(None)
-    return proposals
