@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serve.text.sampler import Sampler, require_finite
+from serve.text.sampler import TokenSampler, require_finite
 from serve.text.sequence import Row
 
 
@@ -40,7 +40,7 @@ class Candidates:
         ]
 
 
-def find_candidates(sampler: Sampler, logits_RV: torch.Tensor, rows: Sequence[Row]) -> Candidates:
+def find_candidates(sampler: TokenSampler, logits_RV: torch.Tensor, rows: Sequence[Row]) -> Candidates:
     """`logits_RV` is float32 and stays as it is."""
     scores_RV = sampler.penalised(logits_RV.log_softmax(-1), rows)
     num = min(max(row.num_candidates for row in rows), logits_RV.shape[1])

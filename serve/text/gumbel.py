@@ -40,7 +40,7 @@ class GumbelNoise:
 
     def __init__(self, vocab_size: int, device: torch.device):
         ids = torch.arange(vocab_size, dtype=torch.int32)
-        self._hashed_V = _mix_(_mix_(ids.add_(0x3C6EF372))).to(device)
+        self.hashed_V = _mix_(_mix_(ids.add_(0x3C6EF372))).to(device)
 
     def perturb_(self, scores_RV: torch.Tensor, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Add to each row of log-probabilities (unnormalised, float32) the noise of its key, in place."""
@@ -54,8 +54,8 @@ class GumbelNoise:
 
     def bits(self, keys: Sequence[tuple[int, int]]) -> torch.Tensor:
         """32 random bits per row and token, as int32."""
-        keys_R2 = to_device(keys, self._hashed_V.device, torch.int32)
-        x_RV = self._hashed_V.bitwise_xor(keys_R2[:, :1])
+        keys_R2 = to_device(keys, self.hashed_V.device, torch.int32)
+        x_RV = self.hashed_V.bitwise_xor(keys_R2[:, :1])
         spare_RV = torch.empty_like(x_RV)
         x_RV.mul_(0x7FEB352D)
         _xor_shift_(x_RV, 15, spare_RV).bitwise_xor_(keys_R2[:, 1:])
@@ -66,6 +66,12 @@ class GumbelNoise:
 def row_key(seed: int, position: int, stream: Stream = Stream.TARGET) -> tuple[int, int]:
     """The two keys of one draw: splitmix64 (Steele et al., 2014) over the seed, then over position and stream."""
     state = _state(seed, position, stream)
+    return _signed(state & 0xFFFFFFFF), _signed(state >> 32)
+
+
+def seed_state(seed: int) -> tuple[int, int]:
+    """What of a draw's keys follows from the seed alone: two 32-bit halves."""
+    state = _splitmix64(seed & _MASK64)
     return _signed(state & 0xFFFFFFFF), _signed(state >> 32)
 
 

@@ -18,7 +18,7 @@ from serve.text.sequence import Row
 
 if TYPE_CHECKING:  # they load torch, which nothing here needs
     from serve.text.proposer import Proposed
-    from serve.text.sampler import Sampler
+    from serve.text.sampler import TokenSampler
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class PromptLookup:
         self._most = most
         self._indices: dict[str, _Index] = {}
 
-    def propose(self, rows: Seq[Row], sampler: Sampler) -> Proposed:
+    def propose(self, rows: Seq[Row], sampler: TokenSampler) -> Proposed:
         from serve.text.proposer import Proposed
 
         for row in rows:

@@ -5,7 +5,9 @@ row pays only for what its request asks: a batch of plain greedy rows is one arg
 scores, and scores equal to the threshold all stay: which of two equal tokens a sort puts first can then not change the
 outcome. (Logits of bfloat16 models are often equal.)
 
-On CPU rows are worked on a few at a time, so that the dozen passes over them stay in the core's cache.
+A step is planned on the host before its forward is queued, and sampled on the device after it. `Sampler` here is for
+CPU and the reference; on CUDA `DeviceSampler` follows the same rules in kernels (`sampler_device.py`). Rows are worked
+on a few at a time, so that the dozen passes over them stay in the core's cache.
 
 Legend: R rows, V vocabulary.
 """
@@ -17,16 +19,19 @@ from array import array
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from models.kernels.available import has_kernels
+from models.staging import Staging
 from serve.errors import RequestFailed
 from serve.request import SamplingParams
 from serve.text.gumbel import GumbelNoise, Stream, row_key, uniform
 from serve.text.logprobs import Scores, score
 from serve.text.sequence import PENDING, Row, Sequence
 from serve.text.speculative import reject_
+from serve.text.token_filter import keep_nucleus_, keep_top_k_
 from serve.text.token_mask import mask_tokens_
 from serve.transfer import copy_to_device, to_device
 
@@ -44,6 +49,8 @@ class Sampled:
     scored: list[int]
     """Rows that asked for log-probabilities, in the order of `scores`."""
     scores: Scores | None
+    processed_RV: torch.Tensor | None = None
+    """What the draws came from before the noise, for who asked: their softmax is the distribution of the draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class Proposal:
 
 
 @dataclass(slots=True)
-class _Recipe:
+class Recipe:
     """What one job asks of the sampler, looked up once. `history` repeats its token ids in a form torch can read."""
 
     params: SamplingParams
@@ -70,134 +77,209 @@ class _Recipe:
         return self.is_plain and num_output >= self.params.min_tokens
 
 
+class SamplingPlan(Protocol):
+    """What `plan` tells `sample` of one step."""
+
+    needs_inputs: bool
+    """Whether the rows' newest input tokens matter: some have penalties."""
+
+
+class TokenSampler(Protocol):
+    """One per runner."""
+
+    def plan(
+        self,
+        rows: Seq[Row],
+        staging: Staging,
+        *,
+        stream: Stream = Stream.TARGET,
+        proposals: Seq[Proposal | None] | None = None,
+    ) -> SamplingPlan:
+        """Host work: what the device needs to choose a token for each of `rows` (all sample) is put into `staging`.
+
+        A row with drafts comes once for every token it samples, as `Row.after` gives it. `proposals`: the drafts in the
+        places of the draws, to be decided on by rejection sampling (`speculative.py`).
+        """
+
+    def sample(
+        self,
+        logits_RV: torch.Tensor,
+        plan: Any,
+        inputs_R: torch.Tensor | None = None,
+        behind_R: torch.Tensor | None = None,
+        *,
+        keeps_scores: bool = False,
+    ) -> Sampled:
+        """Draw by `plan`, a `SamplingPlan` of its own. `logits_RV` stays as it is. Nothing here waits for the device.
+
+        `inputs_R`: each row's newest input token, which is to be given when `plan.needs_inputs`. `behind_R` (int64): by
+        how many positions each draw lies before `Row.sample_position`; None: by none.
+        """
+
+    def penalised(self, scores_RV: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
+        """What comes before the temperature, on any scores, which are overwritten. For beams: forks replace their
+        tokens, so nothing is kept from step to step."""
+
+    def forget(self, job_id: str) -> None:
+        """The job has ended."""
+
+    def warm_up(self, rejects: bool) -> None:
+        """Do what is slow the first time; `rejects`: drafts will be decided on."""
+
+
+def make_sampler(vocab_size: int, eos_token_ids: Seq[int], device: torch.device) -> TokenSampler:
+    if has_kernels(device):
+        from serve.text.sampler_device import DeviceSampler
+
+        return DeviceSampler(vocab_size, eos_token_ids, device)
+    return Sampler(vocab_size, eos_token_ids, device)
+
+
+@dataclass(slots=True)
+class _Plan:
+    rows: Seq[Row]
+    recipes: list[Recipe]
+    special: list[int]
+    """Rows that are more than the largest logit."""
+    stream: Stream
+    proposals: Seq[Proposal | None] | None
+    needs_inputs: bool
+
+
 class Sampler:
-    """One per runner. Keeps nothing that a result depends on; `forget` drops what it looked up for a job."""
+    """A `TokenSampler` for CPU. Keeps nothing that a result depends on; `forget` drops what it looked up for a job."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Seq[int], device: torch.device):
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._device = device
         self._noise = GumbelNoise(vocab_size, device)
-        self._recipes: dict[str, _Recipe] = {}
-        is_cpu = device.type == "cpu"
-        self._rows_at_once = max(1, _CPU_BLOCK // vocab_size) if is_cpu else 1 << 30
+        self._recipes: dict[str, Recipe] = {}
+        self._rows_at_once = max(1, _CPU_BLOCK // vocab_size)
 
-    def sample(
+    def plan(
         self,
-        logits_RV: torch.Tensor,
         rows: Seq[Row],
-        pending_R: torch.Tensor | None = None,
+        staging: Staging,
         *,
         stream: Stream = Stream.TARGET,
         proposals: Seq[Proposal | None] | None = None,
-    ) -> Sampled:
-        """Choose a token for each of `rows` (all sample). `logits_RV` is float32 and stays as it is.
-
-        A row with drafts comes once for every token it samples, as `Row.after` gives it.
-
-        `pending_R`: each row's newest input token, needed where it is PENDING and penalties count it.
-        `proposals`: the drafts in the places of the draws, to be decided on by rejection sampling (`speculative.py`).
-        """
-        recipes = [self._recipe(row.job) for row in rows]
+    ) -> _Plan:
+        recipes = [self.recipe(row.job) for row in rows]
         special = [
             i
             for i, (row, recipe) in enumerate(zip(rows, recipes))
             if not recipe.is_plain_at(row.sample_position - row.job.num_prompt)
         ]
+        return _Plan(rows, recipes, special, stream, proposals, any(recipes[i].params.needs_history for i in special))
+
+    def sample(
+        self,
+        logits_RV: torch.Tensor,
+        plan: _Plan,
+        inputs_R: torch.Tensor | None = None,
+        behind_R: torch.Tensor | None = None,
+        *,
+        keeps_scores: bool = False,
+    ) -> Sampled:
+        rows, recipes, special = plan.rows, plan.recipes, plan.special
+        logits_RV = logits_RV.float()
         if len(special) < len(rows):
-            token_ids_R = _argmax(logits_RV)
-            best_R = logits_RV.gather(1, token_ids_R[:, None])[:, 0]
+            token_ids_R, best_R = greedy(logits_RV)
         else:
             token_ids_R = torch.empty(len(rows), dtype=torch.int64, device=self._device)
             best_R = logits_RV.amax(-1)
+        positions = [row.sample_position for row in rows]
+        if behind_R is not None:
+            positions = [position - behind for position, behind in zip(positions, behind_R.tolist())]
+        processed_RV = logits_RV.clone() if keeps_scores else None
         for at in range(0, len(special), self._rows_at_once):
             block = special[at : at + self._rows_at_once]
             index = to_device(block, self._device)
-            scores_RV = self._process(
+            scores_RV = self._shape(
                 logits_RV[index],
                 [rows[i] for i in block],
                 [recipes[i] for i in block],
-                None if pending_R is None else pending_R[index],
-                stream,
-                [None] * len(block) if proposals is None else [proposals[i] for i in block],
+                None if inputs_R is None else inputs_R[index],
+            )
+            if processed_RV is not None:
+                processed_RV[index] = scores_RV
+            self._perturb_(
+                scores_RV,
+                [recipes[i].params for i in block],
+                [positions[i] for i in block],
+                plan.stream,
+                [None] * len(block) if plan.proposals is None else [plan.proposals[i] for i in block],
             )
             token_ids_R[index] = _argmax(scores_RV)
-
-        scored = [i for i, recipe in enumerate(recipes) if recipe.params.logprobs is not None]
-        if not scored:
-            return Sampled(token_ids_R, best_R, scored, None)
-        num_top = max(recipes[i].params.logprobs or 0 for i in scored)
-        index = to_device(scored, self._device)
-        return Sampled(token_ids_R, best_R, scored, score(logits_RV[index], token_ids_R[index], num_top))
+        scored, num_top = scored_rows(recipes)
+        scores = None
+        if scored:
+            index = to_device(scored, self._device)
+            scores = score(logits_RV[index], token_ids_R[index], num_top)
+        return Sampled(token_ids_R, best_R, scored, scores, processed_RV)
 
     def forget(self, job_id: str) -> None:
         self._recipes.pop(job_id, None)
 
-    def processed(self, logits_RV: torch.Tensor, rows: Seq[Row], pending_R: torch.Tensor | None = None) -> torch.Tensor:
+    def warm_up(self, rejects: bool) -> None:
+        """Nothing is slow the first time."""
+
+    def processed(self, logits_RV: torch.Tensor, rows: Seq[Row], inputs_R: torch.Tensor | None = None) -> torch.Tensor:
         """The scores from which `sample` draws (before the noise): their softmax is the distribution of the draw."""
-        return self._shape(logits_RV.clone(), rows, [self._recipe(row.job) for row in rows], pending_R)
+        return self._shape(logits_RV.clone(), rows, [self.recipe(row.job) for row in rows], inputs_R)
 
     def penalised(self, scores_RV: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-        """What comes before the temperature, on any scores, which are overwritten. For beams: forks replace their
-        tokens, so nothing is kept from step to step."""
         recipes = [self._new_recipe(row.job.sampling) for row in rows]
         self._bias_(scores_RV, rows, recipes)
         mask_tokens_(scores_RV, rows)
         self._penalise_(scores_RV, rows, recipes, None)
         return scores_RV
 
-    def _recipe(self, job: Sequence) -> _Recipe:
+    def recipe(self, job: Sequence) -> Recipe:
         recipe = self._recipes.get(job.id)
         if recipe is None or recipe.params is not job.sampling:
             recipe = self._recipes[job.id] = self._new_recipe(job.sampling)
         return recipe
 
-    def _new_recipe(self, params: SamplingParams) -> _Recipe:
-        return _Recipe(
+    def _new_recipe(self, params: SamplingParams) -> Recipe:
+        return Recipe(
             params=params,
             is_plain=params.is_greedy and not params.needs_history and not params.logit_bias and params.grammar is None,
             end_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos_token_ids),
         )
 
-    def _process(
+    def _perturb_(
         self,
         scores_RV: torch.Tensor,
-        rows: Seq[Row],
-        recipes: Seq[_Recipe],
-        pending_R: torch.Tensor | None,
+        params: Seq[SamplingParams],
+        positions: Seq[int],
         stream: Stream,
         proposals: Seq[Proposal | None],
-    ) -> torch.Tensor:
-        """Scores whose largest is the row's token; overwrites `scores_RV`."""
-        scores_RV = self._shape(scores_RV, rows, recipes, pending_R)
-        drawn = [i for i, recipe in enumerate(recipes) if not recipe.params.is_greedy]
+    ) -> None:
+        """Decide on proposals and add the noise: the largest score of a row is then its token."""
+        drawn = [i for i, p in enumerate(params) if not p.is_greedy]
         for i in drawn:
             if (proposal := proposals[i]) is not None:
-                self._decide_(scores_RV[i : i + 1], rows[i], proposal)
+                reject_(
+                    scores_RV[i : i + 1],
+                    to_device([proposal.token_id], self._device),
+                    None if proposal.scores_V is None else proposal.scores_V[None],
+                    to_device([uniform(params[i].seed, positions[i], Stream.ACCEPT)], self._device, torch.float64),
+                )
         keys = [
-            row_key(recipes[i].params.seed, rows[i].sample_position, stream if proposals[i] is None else Stream.RECOVER)
-            for i in drawn
+            row_key(params[i].seed, positions[i], stream if proposals[i] is None else Stream.RECOVER) for i in drawn
         ]
         _on_rows_(scores_RV, drawn, lambda part: self._noise.perturb_(part, keys))
-        return scores_RV
-
-    def _decide_(self, scores_1V: torch.Tensor, row: Row, proposal: Proposal) -> None:
-        uniform_1 = uniform(row.job.sampling.seed, row.sample_position, Stream.ACCEPT)
-        reject_(
-            scores_1V,
-            to_device([proposal.token_id], self._device),
-            None if proposal.scores_V is None else proposal.scores_V[None],
-            to_device([uniform_1], self._device, torch.float64),
-        )
 
     def _shape(
-        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[Recipe], inputs_R: torch.Tensor | None
     ) -> torch.Tensor:
         params = [recipe.params for recipe in recipes]
         self._bias_(scores_RV, rows, recipes)
         mask_tokens_(scores_RV, rows)
         if any(p.needs_history for p in params):
-            self._penalise_(scores_RV, rows, recipes, pending_R)
+            self._penalise_(scores_RV, rows, recipes, inputs_R)
         tempered = [i for i, p in enumerate(params) if p.temperature not in (0.0, 1.0)]
         temperatures = [params[i].temperature for i in tempered]
         # The maximum is taken off first, so that a tiny temperature cannot overflow.
@@ -209,7 +291,7 @@ class Sampler:
         self._filter_(scores_RV, params)
         return scores_RV
 
-    def _bias_(self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe]) -> None:
+    def _bias_(self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[Recipe]) -> None:
         """Add the requests' biases and mask end tokens that come too early."""
         at: list[int] = []
         ids: list[int] = []
@@ -229,7 +311,7 @@ class Sampler:
             scores_RV.index_put_((where[0], where[1]), self._column(values)[:, 0], accumulate=True)
 
     def _penalise_(
-        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[_Recipe], pending_R: torch.Tensor | None
+        self, scores_RV: torch.Tensor, rows: Seq[Row], recipes: Seq[Recipe], inputs_R: torch.Tensor | None
     ) -> None:
         """Repetition penalty over prompt and output; presence and frequency penalties over the output."""
         for i, (row, recipe) in enumerate(zip(rows, recipes)):
@@ -242,8 +324,8 @@ class Sampler:
             if row.drafts:
                 seen = torch.cat([seen, to_device(row.drafts, self._device)])
             if row.token_ids[-1] == PENDING:
-                assert pending_R is not None
-                seen = torch.cat([seen, pending_R[i : i + 1]])
+                assert inputs_R is not None, "`plan.needs_inputs` was not heeded"
+                seen = torch.cat([seen, inputs_R[i : i + 1]])
             scores_V = scores_RV[i]
             if params.repetition_penalty != 1.0:
                 old = scores_V[seen]
@@ -267,14 +349,10 @@ class Sampler:
         )
         top_k = [i for i, p in enumerate(params) if 0 < p.top_k < self._vocab_size and not p.is_greedy]
         ks = [params[i].top_k for i in top_k]
-        _on_rows_(scores_RV, top_k, lambda part: _keep_top_k_(part, ks))
+        _on_rows_(scores_RV, top_k, lambda part: keep_top_k_(part, ks))
         top_p = [i for i, p in enumerate(params) if p.top_p < 1.0 and not p.is_greedy]
-        if self._device.type == "cpu":
-            for i in top_p:
-                _keep_nucleus_(scores_RV[i], params[i].top_p)
-        else:
-            ps = [params[i].top_p for i in top_p]
-            _on_rows_(scores_RV, top_p, lambda part: _keep_nuclei_(part, self._column(ps)))
+        for i in top_p:
+            keep_nucleus_(scores_RV[i], params[i].top_p)
 
     def _column(self, values: list[float]) -> torch.Tensor:
         return to_device(values, self._device, torch.float32)[:, None]
@@ -289,6 +367,18 @@ def require_finite(best_logits: Iterable[float], rows: Seq[Row]) -> None:
             f"the model's logits contain NaN or infinity for {', '.join(bad)}; "
             f"the checkpoint or its dtype is unfit for this input (try dtype float32)"
         )
+
+
+def greedy(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the largest logits of each row, and that logit."""
+    token_ids_R = _argmax(logits_RV)
+    return token_ids_R, logits_RV.gather(1, token_ids_R[:, None])[:, 0]
+
+
+def scored_rows(recipes: Seq[Recipe]) -> tuple[list[int], int]:
+    """Rows that ask for log-probabilities, and the most alternatives that one of them wants."""
+    scored = [i for i, recipe in enumerate(recipes) if recipe.params.logprobs is not None]
+    return scored, max((recipes[i].params.logprobs or 0 for i in scored), default=0)
 
 
 def _argmax(scores_RV: torch.Tensor) -> torch.Tensor:
@@ -307,38 +397,3 @@ def _on_rows_(scores_RV: torch.Tensor, at: list[int], change_: Callable[[torch.T
         part = scores_RV[index]
         change_(part)
         scores_RV[index] = part
-
-
-def _keep_top_k_(scores_RV: torch.Tensor, ks: list[int]) -> None:
-    best_RK = scores_RV.topk(max(ks), dim=-1).values
-    last_R1 = to_device(ks, scores_RV.device)[:, None] - 1
-    scores_RV.masked_fill_(scores_RV < best_RK.gather(1, last_R1), -math.inf)
-
-
-def _keep_nuclei_(scores_RV: torch.Tensor, top_p_R1: torch.Tensor) -> torch.Tensor:
-    """Mask what is outside the smallest set of tokens with probability `top_p` (Holtzman et al., 2020)."""
-    sorted_RV = scores_RV.sort(-1, descending=True).values
-    probs_RV = sorted_RV.softmax(-1)
-    mass_before_RV = probs_RV.cumsum(-1).sub_(probs_RV)
-    last_R1 = (mass_before_RV < top_p_R1).sum(-1, keepdim=True).sub_(1).clamp_(min=0)
-    return scores_RV.masked_fill_(scores_RV < sorted_RV.gather(1, last_R1), -math.inf)
-
-
-def _keep_nucleus_(scores_V: torch.Tensor, top_p: float) -> None:
-    """The same for one row without sorting all of it: the likeliest tokens that hold `top_p` together are enough.
-
-    numpy's sort is vectorised, torch's on CPU is not (0.6 against 2.4 ms for 32000).
-    """
-    logprobs_V = scores_V.log_softmax(-1)
-    values_V = logprobs_V.numpy()
-    best = values_V.max()
-    for width in (3.0, 6.0, 8.0, 10.0, np.inf):
-        near = values_V[values_V >= best - width]
-        if np.exp(near).sum() >= top_p:
-            break
-    if not len(near):
-        return  # NaN: `Sampled.best_R` says so
-    near = np.sort(near)[::-1]
-    probs = np.exp(near)
-    kept = int(np.count_nonzero(np.cumsum(probs) - probs < top_p))
-    scores_V.masked_fill_(logprobs_V < float(near[max(kept - 1, 0)]), -math.inf)

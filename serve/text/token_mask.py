@@ -18,8 +18,9 @@ from serve.text.sequence import Row
 from serve.transfer import copy_to_device, to_device
 
 
-def mask_tokens_(scores_RV: torch.Tensor, rows: Seq[Row]) -> None:
-    """Overwrite the scores of tokens that the rows' grammars rule out after their drafts, or their newest token."""
+def packed_masks(rows: Seq[Row]) -> tuple[list[int], np.ndarray]:
+    """Rows whose grammars rule something out after their drafts, or their newest token, and for each a bit a token, set
+    where it may come next: [rows, bytes], the lowest bit first."""
     at: list[int] = []
     masks: list[bytes] = []
     for i, row in enumerate(rows):
@@ -29,15 +30,20 @@ def mask_tokens_(scores_RV: torch.Tensor, rows: Seq[Row]) -> None:
         if mask is not None:
             at.append(i)
             masks.append(mask)
+    return at, np.frombuffer(bytearray().join(masks), dtype=np.uint8).reshape(len(at), -1) if at else np.empty((0, 0))
+
+
+def mask_tokens_(scores_RV: torch.Tensor, rows: Seq[Row]) -> None:
+    """Overwrite the scores of tokens that may not come next."""
+    at, packed = packed_masks(rows)
     if not at:
         return
     vocab_size, device = scores_RV.shape[1], scores_RV.device
-    packed = np.frombuffer(b"".join(masks), dtype=np.uint8).reshape(len(at), -1)
     if device.type == "cpu":
         allowed_RV = torch.from_numpy(np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
     else:  # an eighth of the bytes to copy
         bits = torch.arange(8, dtype=torch.uint8, device=device)
-        packed_RB = copy_to_device(torch.from_numpy(packed.copy()), device)
+        packed_RB = copy_to_device(torch.from_numpy(packed), device)
         allowed_RV = (packed_RB[:, :, None] >> bits & 1).flatten(1)[:, :vocab_size].bool()
     if len(at) == len(rows):
         scores_RV.masked_fill_(~allowed_RV, -math.inf)

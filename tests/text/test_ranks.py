@@ -339,10 +339,10 @@ def test_a_request_that_cannot_be_sampled_fails_alone(ranks, split, folders, mon
     expected = run(alone, [sequence(prompt) for prompt in prompts])
     original = Sampler.sample
 
-    def sample(self: Sampler, logits_RV: torch.Tensor, draws: list[Any], *rest: Any, **named: Any) -> Any:
-        if any(row.job.token_ids[: len(bad)] == bad for row in draws):
+    def sample(self: Sampler, logits_RV: torch.Tensor, plan: Any, *rest: Any, **named: Any) -> Any:
+        if any(row.job.token_ids[: len(bad)] == bad for row in plan.rows):
             raise ValueError("this row cannot be sampled")
-        return original(self, logits_RV, draws, *rest, **named)
+        return original(self, logits_RV, plan, *rest, **named)
 
     monkeypatch.setattr(Sampler, "sample", sample)
     streams = [engine.submit(sequence(prompt)) for prompt in (*prompts, bad)]

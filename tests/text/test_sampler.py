@@ -14,10 +14,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from models.staging import Staging
 from serve.errors import RequestFailed
 from serve.request import SamplingParams
 from serve.text.gumbel import GumbelNoise, row_key
-from serve.text.sampler import Sampler, require_finite
+from serve.text.sampler import Sampled, Sampler, require_finite
 from serve.text.sequence import PENDING, Row, Sequence
 
 torch.set_num_threads(1)
@@ -48,20 +49,24 @@ def random_logits(num_rows: int, vocab: int = VOCAB, scale: float = 3.0, seed: i
     return torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def sample(sampler: Sampler, logits_RV: torch.Tensor, rows: list[Row], **options) -> Sampled:
+    return sampler.sample(logits_RV, sampler.plan(rows, Staging(CPU)), **options)
+
+
 def draws(sampler: Sampler, logits_V: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    return sampler.sample(logits_V.expand(len(rows), -1), rows).token_ids_R
+    return sample(sampler, logits_V.expand(len(rows), -1), rows).token_ids_R
 
 
 def test_greedy_rows_take_the_largest_logit(sampler):
     logits = random_logits(4)
     rows = [row(f"{i}", temperature=0.0) for i in range(4)]
-    assert sampler.sample(logits, rows).token_ids_R.tolist() == logits.argmax(-1).tolist()
+    assert sample(sampler, logits, rows).token_ids_R.tolist() == logits.argmax(-1).tolist()
 
 
 def test_sampling_leaves_the_logits_as_they_are(sampler):
     logits = random_logits(2)
     before = logits.clone()
-    sampler.sample(logits, [row("a", temperature=0.5, top_k=3), row("b", temperature=0.0, logit_bias=((4, 50.0),))])
+    sample(sampler, logits, [row("a", temperature=0.5, top_k=3), row("b", temperature=0.0, logit_bias=((4, 50.0),))])
     assert torch.equal(logits, before)
 
 
@@ -160,7 +165,7 @@ def test_penalties_count_a_token_that_only_the_device_knows(sampler):
 def test_history_follows_a_growing_sequence(sampler):
     logits = random_logits(1)
     first = row(output=(9,), frequency_penalty=1.0)
-    sampler.sample(logits, [first])
+    sample(sampler, logits, [first])
     first.job.token_ids.append(11)
     grown = Row(first.job, 0, [11], 4, [0], samples=True, sample_position=5)
     fresh = row("other", output=(9, 11), frequency_penalty=1.0)
@@ -212,9 +217,9 @@ def test_a_row_draws_the_same_bits_in_any_batch(vocab):
     together = sampler.processed(logits, rows)
     for i, request in enumerate(rows):
         assert torch.equal(sampler.processed(logits[i : i + 1], [request])[0], together[i])
-    alone = [int(sampler.sample(logits[i : i + 1], [r]).token_ids_R[0]) for i, r in enumerate(rows)]
-    backwards = sampler.sample(logits.flip(0), rows[::-1]).token_ids_R.flip(0)
-    assert sampler.sample(logits, rows).token_ids_R.tolist() == alone == backwards.tolist()
+    alone = [int(sample(sampler, logits[i : i + 1], [r]).token_ids_R[0]) for i, r in enumerate(rows)]
+    backwards = sample(sampler, logits.flip(0), rows[::-1]).token_ids_R.flip(0)
+    assert sample(sampler, logits, rows).token_ids_R.tolist() == alone == backwards.tolist()
 
 
 def test_noise_is_the_same_everywhere_and_forever():
@@ -263,7 +268,7 @@ def test_logprobs_are_of_the_raw_distribution(sampler):
         row("b", temperature=0.3, top_k=5, logit_bias=((8, 100.0),), logprobs=3),
         row("c", temperature=0.0, logprobs=0),
     ]
-    sampled = sampler.sample(logits, rows)
+    sampled = sample(sampler, logits, rows)
     assert sampled.scored == [1, 2]
     assert sampled.scores is not None
     biased, greedy = sampled.scores.tolist([3, 0])
@@ -281,7 +286,7 @@ def test_a_row_that_is_not_finite_is_reported_and_named(sampler, bad, params):
     logits = random_logits(3)
     logits[1, 100] = bad
     rows = [row("good", **params), row("poisoned", **params), row("fine", **params)]
-    best = sampler.sample(logits, rows).best_R.tolist()
+    best = sample(sampler, logits, rows).best_R.tolist()
     assert [math.isfinite(value) for value in best] == [True, False, True]
     with pytest.raises(RequestFailed, match="poisoned"):
         require_finite(best, rows)
@@ -292,8 +297,25 @@ def test_masked_vocabulary_is_no_fault_and_never_drawn(sampler):
     logits = random_logits(1)[0]
     logits[100:] = -math.inf
     rows = [row(f"{i}", seed=i) for i in range(500)]
-    sampled = sampler.sample(logits.expand(500, -1), rows)
+    sampled = sample(sampler, logits.expand(500, -1), rows)
     assert sampled.best_R.isfinite().all() and int(sampled.token_ids_R.max()) < 100
+
+
+def test_scores_are_kept_as_they_were_before_the_noise(sampler):
+    rows = [row("a", temperature=0.7, top_k=9), row("b", temperature=0.0), row("c", top_p=0.5)]
+    logits = random_logits(3)
+    kept = sample(sampler, logits, rows, keeps_scores=True).processed_RV
+    assert torch.equal(kept, sampler.processed(logits, rows))
+
+
+def test_a_draw_behind_its_row_is_that_of_the_position_where_it_truly_is(sampler):
+    logits = random_logits(1)[0].expand(6, -1)
+    rows = [row(f"{i}", seed=i, position=20) for i in range(6)]
+    behind = torch.tensor([0, 1, 2, 3, 0, 4])
+    there = [row(f"{i} there", seed=i, position=20 - int(n)) for i, n in enumerate(behind)]
+    assert (
+        sample(sampler, logits, rows, behind_R=behind).token_ids_R.tolist() == draws(sampler, logits[0], there).tolist()
+    )
 
 
 def test_a_tiny_temperature_is_almost_greedy(sampler):
