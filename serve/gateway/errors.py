@@ -1,12 +1,13 @@
 """The one place that knows HTTP statuses: every error of `serve/errors.py`, and those only HTTP can have, as an answer.
 
 Bodies are OpenAI's: `{"error": {"message", "type", "param", "code"}}`. `code` is the error's own and never changes.
-Temporary refusals carry `Retry-After`. What is no TandemError becomes a 500 that says nothing of its cause.
+Temporary refusals say when to come back. What is no TandemError becomes a 500 that says nothing of its cause.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,11 @@ from serve.errors import (
     TandemError,
     Unavailable,
 )
+
+MIN_RETRY_S = 1.0
+"""Sooner is hammering."""
+SPREAD = 0.25
+"""Of what is told, at random on top."""
 
 
 class Unauthorized(InvalidRequest):
@@ -134,10 +140,17 @@ def answer(error: BaseException) -> Answer:
     known = error if isinstance(error, TandemError) else TandemError("the server failed on this request; it is logged")
     status = _status_of(known)
     headers = status.headers
-    wait = known.retry_after_s if known.retry_after_s is not None else status.retry_after_s
-    if status.retry_after_s is not None and wait is not None:
-        headers = (*headers, ("retry-after", str(max(1, math.ceil(wait)))))
+    if status.retry_after_s is not None:
+        computed = known.retry_after_s
+        headers = (*headers, *_retry_after(status.retry_after_s if computed is None else computed))
     return Answer(status.status, known.code, msgspec.json.encode(_payload(known, status.type)), headers)
+
+
+def _retry_after(wait_s: float) -> tuple[tuple[str, str], ...]:
+    """Spread over what follows, a second at least: who was told the same does not come back together. In whole seconds
+    as HTTP has it, and in milliseconds for the clients that read those (OpenAI's)."""
+    told_s = max(MIN_RETRY_S, wait_s) + random.uniform(0.0, max(1.0, SPREAD * wait_s))
+    return ("retry-after", str(math.ceil(told_s))), ("retry-after-ms", str(math.ceil(1000 * told_s)))
 
 
 def error_event(error: BaseException, name: str | None = None) -> bytes:

@@ -65,10 +65,17 @@ class Hold:
             return next(iter(self.models.values())) if len(self.models) == 1 else None
         return next((model for model in self.models.values() if name in model.names), None)
 
-    async def wait(self, model: str, is_up: Callable[[], asyncio.Event | None], timeout_s: float) -> None:
+    async def wait(
+        self,
+        model: str,
+        is_up: Callable[[], asyncio.Event | None],
+        timeout_s: float,
+        return_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
         """Wake `model` and return when it is up. `is_up` gives None then, else what is set when that may have changed.
 
-        Raises Unavailable after `wake_timeout_s`, or after `timeout_s`, which is the request's own.
+        Raises Unavailable after `wake_timeout_s`, or after `timeout_s`, which is the request's own; `return_s` tells
+        when to come back.
         """
         if is_up() is None:
             return
@@ -80,7 +87,8 @@ class Hold:
                         await changed.wait()
             except TimeoutError:
                 raise Unavailable(
-                    f"no replica of {model!r} came up within {limit_s:g} s; try again, it may be loading still"
+                    f"no replica of {model!r} came up within {limit_s:g} s; try again, it may be loading still",
+                    retry_after_s=return_s(),
                 ) from None
 
     @contextmanager

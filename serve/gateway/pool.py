@@ -29,7 +29,7 @@ from serve.gateway.delivered import delivered
 from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.hold import Hold
 from serve.gateway.routing import Candidate, Prediction, Router
-from serve.gateway.shedding import Coming, too_late
+from serve.gateway.shedding import Coming, Returns, too_late
 from serve.gateway.suspects import Suspects
 from serve.recorder import Recorder
 from serve.request import Request
@@ -114,6 +114,7 @@ class Pool:
         self.hold = hold or Hold()
         self._max_wait_s = max_wait_s
         self._coming = Coming()
+        self._returns = Returns()
         self._connect = connect
         self._router = router or Router()
         self._recorder = recorder or Recorder("gateway", "gateway")
@@ -168,6 +169,14 @@ class Pool:
         """None when a replica of `model` takes new requests, else what is set when one has joined."""
         is_there = any(_is_open(member) and member.entry.model == model for member in self._members.values())
         return None if is_there else self._joined
+
+    def return_s(self, model: str) -> float | None:
+        """When those who waited for a replica of `model` in vain should come back: when one that loads is due, else
+        after what loading takes. None when none has ever told."""
+        if not self.models.knows(model):
+            return None
+        due_s = self._due_s(model)
+        return self.models[model].card.load_s if due_s is None else due_s
 
     async def meet(self, models: Collection[str]) -> None:
         """Return when every one of `models` can be served from here."""
@@ -262,9 +271,13 @@ class Pool:
                     return placement
         overloads = [refusal for refusal in refusals if isinstance(refusal, Overloaded)]
         if overloads:
-            if spared is not None:  # it is asked for all the same
-                able[spared.replica_id].turn_away(spared.work_s)
-            raise min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
+            refusal = min(overloads, key=lambda refusal: refusal.retry_after_s or 0.0)
+            if spared is not None:
+                able[spared.replica_id].turn_away(spared.work_s)  # it is asked for all the same
+                if is_new:
+                    work_s = spared.work_s / sum(not remote.is_draining for remote in able.values())
+                    refusal.retry_after_s = self._returns.book(request.model, refusal.retry_after_s or 0.0, work_s)
+            raise refusal
         if refusals:
             raise refusals[-1]
         if self._is_replaced(request.model, fingerprint):

@@ -82,7 +82,12 @@ class Service:
         """Wait for a replica of a model that sleeps; nothing for any other. Raises Unavailable."""
         sleeper = self.pool.hold.find(name)
         if sleeper is not None:
-            await self.pool.hold.wait(sleeper.name, partial(self.pool.awaited, sleeper.name), caller.timeout_s)
+            await self.pool.hold.wait(
+                sleeper.name,
+                partial(self.pool.awaited, sleeper.name),
+                caller.timeout_s,
+                partial(self.pool.return_s, sleeper.name),
+            )
 
     def _timeout_s(self, http: Request, body: Any) -> float:
         """The body's timeout, else the header's, at most the server's own."""

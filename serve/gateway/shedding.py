@@ -1,19 +1,25 @@
 """Refusing at the door what would wait too long, and saying when to come back.
 
 A request that is predicted to wait longer than it may, at every replica, is refused instead of accepted to time out.
-`Retry-After` is when the least busy replica will have worked off what is too much, or when one that loads is due.
+It is told to come back when the least busy replica will have worked off what is too much, or when one that loads is
+due; those refused after it come later by the work of each, shared by the replicas, so that they find room one after the
+other (`Returns`). What any refusal says goes out a little later than it says, at random (`errors.py`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
 from serve.errors import Overloaded
 from serve.gateway.routing import Prediction
 from serve.request import Request
 from serve.wire import ReplicaEntry
+
+MOST_BOOKED_S = 60.0
+"""Who was told may have given up, and others come meanwhile: a later time would be a guess."""
 
 
 class Coming:
@@ -34,6 +40,31 @@ class Coming:
         none is coming."""
         began = [since for name, since in self._since.values() if name == model]
         return max(0.0, min(began) + load_s - self._clock()) if began else None
+
+
+class Returns:
+    """When those that were refused come back, as far as this gateway has told them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._told: dict[str, list[float]] = {}
+        """Model → when each of those for whom room is kept was told to come, in order."""
+
+    def book(self, model: str, room_s: float, work_s: float) -> float:
+        """Seconds until there may be room for one more request of `model`: the first time from `room_s` on at which
+        nobody else was told to come, at most `MOST_BOOKED_S` after it. `work_s`: what a request takes of all replicas
+        of the model together."""
+        now = self._clock()
+        told = [at for at in self._told.get(model, ()) if at + work_s > now]
+        first = at = now + room_s
+        for other in told:
+            if at + work_s <= other:
+                break
+            at = max(at, other + work_s)
+        if at < first + MOST_BOOKED_S:
+            insort(told, at)
+        self._told[model] = told
+        return min(at, first + MOST_BOOKED_S) - now
 
 
 def too_late(

@@ -87,6 +87,9 @@ def test_a_model_that_does_not_come_is_unavailable_and_no_longer_woken(own_s, wa
         hold, model = holding(timeout_s=wake_timeout_s)
         with pytest.raises(Unavailable, match=r"no replica of 'm' came up within 0\.01 s"):
             await hold.wait("m", model.is_up, own_s)
+        with pytest.raises(Unavailable) as caught:
+            await hold.wait("m", model.is_up, own_s, lambda: 7.0)
+        assert caught.value.retry_after_s == 7.0
         await asyncio.sleep(0)
         assert (hold.num_held("m"), model.num_open) == (0, 0)
 

@@ -99,7 +99,7 @@ def test_when_all_are_full_the_soonest_retry_time_is_told():
     async def _(pool, net):
         with pytest.raises(Overloaded) as refused:
             await pool.submit(request())
-        assert refused.value.retry_after_s == 3
+        assert refused.value.retry_after_s == pytest.approx(3, abs=0.01)
 
 
 def test_unknown_model_names_those_that_are_served():
@@ -164,7 +164,7 @@ def test_what_would_wait_too_long_everywhere_is_refused_and_told_to_the_least_bu
         short = replace(request(), timeout_s=5.0)
         with pytest.raises(Overloaded) as caught:
             await pool.submit(short)
-        assert caught.value.retry_after_s == 15.0
+        assert caught.value.retry_after_s == pytest.approx(15.0, abs=0.01)
         assert busy.turned_away == [1.0] and busier.turned_away == [] and not busy.requests
         pool.update([entry("a"), entry("b"), entry("c", address="")])  # one more loads
         with pytest.raises(Overloaded) as caught:
@@ -186,7 +186,7 @@ def test_of_many_busy_replicas_the_one_with_room_is_found_before_a_request_is_re
         idle.backlog_s = 30.0
         with pytest.raises(Overloaded, match="about 20 s") as caught:
             await pool.submit(replace(request(), request_id="late", timeout_s=5.0))
-        assert caught.value.retry_after_s == 15.0
+        assert caught.value.retry_after_s == pytest.approx(15.0, abs=0.01)
         assert [backend.turned_away for backend in busy if backend.turned_away] == [[1.0]]
         assert not any(backend.requests for backend in busy)
 

@@ -4,7 +4,7 @@ import pytest
 
 from serve.errors import Overloaded
 from serve.gateway.routing import Prediction
-from serve.gateway.shedding import Coming, too_late
+from serve.gateway.shedding import MOST_BOOKED_S, Coming, Returns, too_late
 from serve.request import SamplingParams, TextRequest
 from serve.wire import ReplicaEntry
 
@@ -57,3 +57,21 @@ def test_a_replica_that_loads_is_due_when_others_of_its_model_were_up():
     assert coming.due_s("m", 20.0) == 20.0
     now = 50.0
     assert coming.due_s("m", 20.0) == 0.0
+
+
+def test_those_refused_together_come_back_one_after_the_other():
+    now = 100.0
+    returns = Returns(lambda: now)
+    assert [returns.book("m", 4.0, 0.5) for _ in range(4)] == [4.0, 4.5, 5.0, 5.5]
+    assert returns.book("other", 4.0, 0.5) == 4.0
+    assert returns.book("m", 0.5, 0.5) == 0.5, "a replica that loads is due before"
+    now = 105.0  # one comes now, and one is not due yet
+    assert [returns.book("m", 0.0, 0.5) for _ in range(2)] == [1.0, 1.5]
+    now = 200.0  # all of them are
+    assert returns.book("m", 0.0, 0.5) == 0.0
+
+
+def test_nobody_is_told_to_wait_for_ever_because_many_were_told_to_come():
+    returns = Returns(lambda: 0.0)
+    told = [returns.book("m", 2.0, 1.0) for _ in range(500)]
+    assert told[:60] == [2.0 + number for number in range(60)] and set(told[60:]) == {2.0 + MOST_BOOKED_S}

@@ -15,12 +15,14 @@ BODY = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_
 
 
 @contextlib.asynccontextmanager
-async def asleep(*, comes: bool = True, timeout_s: float = 60.0) -> AsyncIterator[FakeGateway]:
-    """A gateway whose only model has never had a replica, and gets one when it is woken if it `comes`."""
-    backend = FakeBackend(card=card(aliases=("small",)))
+async def asleep(*, num_wakes: int = 9, timeout_s: float = 60.0) -> AsyncIterator[FakeGateway]:
+    """A gateway whose only model has never had a replica, and gets one when it is woken, so many times."""
+    backend = FakeBackend(card=card(aliases=("small",), load_s=40.0))
 
     async def wake(model: str) -> None:
-        if comes:
+        nonlocal num_wakes
+        num_wakes -= 1
+        if num_wakes >= 0:
             gateway.pool.update([entry(backend.replica_id, model)])
         await asyncio.Event().wait()
 
@@ -70,7 +72,7 @@ def test_a_known_model_refuses_what_is_wrong_at_once_and_waits_with_the_rest():
 
 def test_one_that_does_not_come_is_unavailable_with_a_time_to_come_again():
     async def scenario():
-        async with asleep(comes=False, timeout_s=0.01) as gateway:
+        async with asleep(num_wakes=0, timeout_s=0.01) as gateway:
             reply = await call(gateway, PATH, BODY)
             assert reply.status == 503 and reply.json()["error"]["code"] == "unavailable"
             assert int(reply.headers["retry-after"]) >= 1
@@ -85,5 +87,19 @@ def test_unknown_names_wake_nobody():
             gateway.pool.update([])
             assert (await call(gateway, PATH, BODY | {"model": "other"})).status == 404
             assert gateway.pool.hold.num_held("tiny") == 0
+
+    run(scenario)
+
+
+def test_one_that_does_not_come_again_says_how_long_loading_takes():
+    async def scenario():
+        async with asleep(num_wakes=1) as gateway:
+            assert (await call(gateway, PATH, BODY)).status == 200
+            gateway.pool.update([])
+            reply = await call(gateway, PATH, BODY | {"timeout": 0.05})
+            assert reply.status == 503 and 40 <= int(reply.headers["retry-after"]) <= 51
+            gateway.pool.update([entry("another", "tiny", address="")])
+            reply = await call(gateway, PATH, BODY | {"timeout": 0.05})
+            assert reply.status == 503 and 38 <= int(reply.headers["retry-after"]) <= 51
 
     run(scenario)
