@@ -154,6 +154,8 @@ class ModelOptions:
     threads: int | None = bounded(None, least=1, most=1024)
     """Compute threads of each rank of a replica. None: its share of the cores (cores / ranks of all replicas on this
     machine), but one for a model of less than 30 M parameters."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
     num_replicas: int = bounded(1, least=1, most=1024)
     autoscaling_config: AutoscalingOptions | None = None
     """As many replicas as the load asks for, instead of `num_replicas`: {"min_replicas": 0, "max_replicas": 4, ...}."""
@@ -208,8 +210,6 @@ class ModelOptions:
     """Size of the KV cache, of each rank where there are several. None: on CUDA what is left of
     `gpu_memory_utilization`; on CPU enough for `max_num_seqs` / 8 full-length sequences, at most a quarter of the free
     memory; decodes there keep copies of what they have cached, up to half as much again."""
-    enforce_eager: bool = only_for("text", False)
-    """No CUDA graphs."""
     speculative_config: SpeculativeOptions | None = field(default=None, metadata={"only": "text"})
     """Speculative decoding, as {"model": ..., "num_speculative_tokens": ...} or {"method": "ngram", ...}. None: only
     `tandem-text` speculates, with `tandem-text-draft`; {"num_speculative_tokens": 0} turns that off."""

@@ -12,6 +12,7 @@ import torch
 from models.dit.base import DiT
 from serve.engine.engine import Engine
 from serve.engine.stream import Stream
+from serve.image.forward_graph import ForwardGraphs
 from serve.image.limits import Limits
 from serve.image.runner import ImageRunner
 from serve.image.scheduler import ImageScheduler
@@ -28,9 +29,10 @@ def make_engine(
     max_num_images: int = 16,
     cap: int = 1 << 20,
     clock: Callable[[], float] = time.monotonic,
+    graphs: ForwardGraphs | None = None,
 ) -> tuple[ImageEngine, ImageRunner]:
     spec = model.spec
-    runner = ImageRunner(model, torch.device("cpu"))
+    runner = ImageRunner(model, torch.device("cpu"), graphs)
     runner.warm_up()
     limits = ImageLimits(
         width=spec.width, height=spec.height, num_inference_steps=spec.num_inference_steps, guidance_scale=4.0,

@@ -22,6 +22,7 @@ from serve.engine.engine import Engine
 from serve.engine.interface import DeviceFault, Observer, Runner
 from serve.errors import ConfigError
 from serve.image.backend import ImageBackend
+from serve.image.forward_graph import ForwardGraphs, budget_of
 from serve.image.limits import Limits
 from serve.image.pace import ImagePace
 from serve.image.runner import ImageRunner
@@ -231,7 +232,9 @@ def _assemble(
                 raise ConfigError(f"{options.model!r}: its pipeline does not run: {error}", param="model") from error
             limits = Limits(image, lambda prompt: None, lambda solver, num_steps: None)
             return solo, ImageScheduler(limits, _num_pixels, max_num_images=1, max_num_batched_tokens=budget)
-        runner = ImageRunner(model, device)
+        has_graphs = device.type == "cuda" and options.num_ranks == 1 and not options.enforce_eager
+        graphs = ForwardGraphs(model, device, budget=budget_of(device)) if has_graphs else None
+        runner = ImageRunner(model, device, graphs)
         runner.check_schedule(image.solvers[0], image.num_inference_steps)
         runner.warm_up()
     except torch.OutOfMemoryError as error:

@@ -26,6 +26,7 @@ import torch
 from models.dit.base import Conditioning, DiT
 from serve.engine.interface import DeviceFault
 from serve.image.conditioning import Prompts
+from serve.image.forward_graph import ForwardGraphs
 from serve.image.solver import Schedule, advance, estimate_x0, make_schedule
 from serve.image.trajectory import ImageBatch, ImageOutput, Row, Stage, Trajectory
 from serve.transfer import copy_to_device, to_device, to_host
@@ -72,8 +73,10 @@ class _Flight:
 class ImageRunner:
     """A `Runner` over `ImageBatch`. One thread."""
 
-    def __init__(self, model: DiT, device: torch.device):
+    def __init__(self, model: DiT, device: torch.device, graphs: ForwardGraphs | None = None):
+        """`graphs`: of this model, for denoise steps; None: they run without."""
         self.model = model
+        self._forward = model.predict if graphs is None else graphs.predict
         self._device = device
         self._prompts = Prompts(model)
         self._tensors: dict[str, _Tensors] = {}
@@ -185,7 +188,7 @@ class ImageRunner:
         latents_RCHW = latents_BCHW
         if negatives:
             latents_RCHW = torch.cat([latents_BCHW, torch.stack([latents_BCHW[i] for i in negatives])])
-        outputs = self.model.predict(
+        outputs = self._forward(
             latents_RCHW,
             to_device(times + [times[i] for i in negatives], self._device, torch.float32),
             [kept.prompt for kept in tensors] + list(negatives.values()),

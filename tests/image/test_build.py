@@ -138,7 +138,7 @@ def test_options_of_the_other_kind_are_named():
     check_kind(options(max_model_len=512), "text")
     for name, value in {
         "max_model_len": 512, "max_num_seqs": 8, "block_size": 32, "enable_prefix_caching": False,
-        "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1 << 20, "enforce_eager": True, "chat_template": "x",
+        "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1 << 20, "chat_template": "x",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} is an option of text models"):
             check_kind(options(**{name: value}), "image")
