@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -64,6 +64,13 @@ class TokenLayout:
     """int32 [sequences] on the device: by how many positions each really starts before `num_computed`, where the host
     does not know how many drafts of the step before were accepted. Positions, slots and lengths are less by so many.
     None: by none."""
+
+    def exact(self) -> TokenLayout:
+        """With `behind` taken off. It reads the device, which costs nothing where that is the host."""
+        if self.behind is None:
+            return self
+        starts = [start - behind for start, behind in zip(self.num_computed, self.behind.tolist(), strict=True)]
+        return TokenLayout(self.num_new, starts, self.block_tables)
 
     def slots(self, block_size: int) -> list[int]:
         """Where the new positions go, in order: block id * `block_size` + place in the block."""
@@ -123,3 +130,39 @@ class AttentionBackend(Protocol):
         `softcap`: scores are squeezed to `softcap * tanh(score / softcap)` before the mask (Gemma 2).
         """
         ...
+
+
+class RotatingBackend(AttentionBackend, Protocol):
+    """One that can also do in a single kernel what comes between projection and attention: norm, rotation, writing."""
+
+    def rotate_and_store(
+        self,
+        qkv_TMH: torch.Tensor,
+        cis_T1C: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None,
+        kv: Any,
+        plan: Any,
+    ) -> None:
+        """Norm (where there is one) and rotate the queries in place, and the keys on their way to the cache.
+
+        M: query, key and value heads, side by side. `norm`: a weight for every query and key head, and epsilon. Pairs
+        to rotate lie side by side, C of them (`models/text/rope.py`).
+        """
+        ...
+
+    def attend_stored(
+        self,
+        q_TNH: torch.Tensor,
+        kv: Any,
+        plan: Any,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """`attend` where the new keys and values are in the cache already."""
+        ...
+
+
+def rotates(attention: AttentionBackend) -> TypeGuard[RotatingBackend]:
+    return hasattr(attention, "rotate_and_store")

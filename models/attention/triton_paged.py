@@ -115,10 +115,6 @@ class TritonAttention:
         kv: torch.Tensor,
         plan: _Plan,
     ) -> None:
-        """Norm (where there is one) and rotate the queries in place, and the keys on their way to the cache.
-
-        `norm`: a weight for every query and key head [N + K, H], and epsilon. Pairs to rotate lie side by side.
-        """
         assert qkv_TMH.stride()[1:] == (self._spec.head_dim, 1) and cis_T1C.is_contiguous()
         weight, eps = norm or (self._nothing, 0.0)
         triton_store.rotate_and_store[(len(qkv_TMH), self._spec.num_kv_heads)](
@@ -143,7 +139,7 @@ class TritonAttention:
     def attend(
         self,
         q_TNH: torch.Tensor,
-        new_T2KH: torch.Tensor | None,
+        new_T2KH: torch.Tensor,
         kv: torch.Tensor,
         plan: _Plan,
         *,
@@ -151,8 +147,19 @@ class TritonAttention:
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if new_T2KH is not None:
-            self._store(new_T2KH, kv, plan)
+        self._store(new_T2KH, kv, plan)
+        return self.attend_stored(q_TNH, kv, plan, scale=scale, window=window, softcap=softcap)
+
+    def attend_stored(
+        self,
+        q_TNH: torch.Tensor,
+        kv: torch.Tensor,
+        plan: _Plan,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
         q_TNH = _with_dense_heads(q_TNH)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         for launch in plan.launches:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from models.attention.base import rotates
 from models.layers import MIN_ROWS, Linear, Matrix, RMSNorm, SummedLinear
 from models.parallel import ALONE, Place
 from models.quantize import FLOAT, Quantization
@@ -178,6 +179,7 @@ class DecoderLayer:
         self._cache_index, self._name, self._share = index - share.layers.start, name, share
         self._scale, self._device = spec.head_dim**-0.5, device
         self._window = architecture.windows[index]
+        self._norm_eps = architecture.norm_eps
         self._attention_norm, self._mlp_norm = norm(spec.hidden_size), norm(spec.hidden_size)
         # One row per query and key head, so that both are normed in one call.
         num_rotated = self._num_heads + self._num_kv_heads
@@ -260,22 +262,28 @@ class DecoderLayer:
         num_rows, num_tokens = x_TD.shape[0], step.num_tokens
         num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
         qkv_TNH = self._qkv(x_TD).view(num_rows, num_heads + 2 * num_kv_heads, self._head_dim)
-        qk_TNH = qkv_TNH[:, : num_heads + num_kv_heads]
-        rotated_TNH = qk_TNH.float() if self._qk_norm is None else self._qk_norm.in_float32(qk_TNH)
-        rotate_(rotated_TNH, step.cis_T1C)
-        if rotated_TNH is not qk_TNH:
-            qk_TNH.copy_(rotated_TNH)
-        if num_rows > num_tokens:
-            qkv_TNH = qkv_TNH[:num_tokens]
-        out_TNH = step.context.attention.attend(
-            qkv_TNH[:, :num_heads],
-            qkv_TNH[:, num_heads:].unflatten(1, (2, num_kv_heads)),
-            step.context.kv_cache[self._cache_index],
-            step.context.plan,
-            scale=self._scale,
-            window=self._window,
-        )
+        attention, plan, kv = step.context.attention, step.context.plan, step.context.kv_cache[self._cache_index]
+        if rotates(attention):
+            if num_rows > num_tokens:
+                qkv_TNH = qkv_TNH[:num_tokens]
+            norm = None if self._qk_norm is None else (self._qk_norm.weight, self._norm_eps)
+            attention.rotate_and_store(qkv_TNH, step.cis_T1C[:num_tokens], norm, kv, plan)
+            q_TNH = qkv_TNH[:, :num_heads]
+            out_TNH = attention.attend_stored(q_TNH, kv, plan, scale=self._scale, window=self._window)
+        else:
+            self._rotate_(qkv_TNH[:, : num_heads + num_kv_heads], step.cis_T1C)
+            if num_rows > num_tokens:
+                qkv_TNH = qkv_TNH[:num_tokens]
+            q_TNH, new_T2KH = qkv_TNH[:, :num_heads], qkv_TNH[:, num_heads:].unflatten(1, (2, num_kv_heads))
+            out_TNH = attention.attend(q_TNH, new_T2KH, kv, plan, scale=self._scale, window=self._window)
         out_TD = out_TNH.reshape(num_tokens, -1)
         if num_rows > num_tokens:
             out_TD = F.pad(out_TD, (0, 0, 0, num_rows - num_tokens))
         return out_TD
+
+    def _rotate_(self, qk_TNH: torch.Tensor, cis_T1C: torch.Tensor) -> None:
+        """Norm, where there is one, and rotate queries and keys in place."""
+        rotated_TNH = qk_TNH.float() if self._qk_norm is None else self._qk_norm.in_float32(qk_TNH)
+        rotate_(rotated_TNH, cis_T1C)
+        if rotated_TNH is not qk_TNH:
+            qk_TNH.copy_(rotated_TNH)

@@ -1,4 +1,4 @@
-"""The Triton kernels equal the sdpa reference in float64, by Triton's interpreter. Not seen by it: the compiler."""
+"""The Triton kernels equal their references, by Triton's interpreter. Not seen by it: the compiler."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: the CUDA kernels stay unchecked"
+)
 
 
 def run(script: str, *arguments: str) -> str:
@@ -22,8 +25,9 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: the CUDA kernels stay unchecked"
-)
-def test_ragged_steps_equal_the_reference_in_float64_by_the_interpreter() -> None:
+def test_ragged_steps_equal_the_reference_in_float64() -> None:
     assert run("triton_cases.py", "12").startswith("29 equal")
+
+
+def test_keys_and_values_are_written_normed_rotated_and_quantised_as_torch_does_it() -> None:
+    assert run("store_cases.py").startswith("9 equal")
