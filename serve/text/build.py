@@ -239,10 +239,21 @@ def _fit_runner(
     cache = cache_of(options, model, device)
     extra = None if draft is None else draft_cache(options, draft, device)
     block_bytes = cache.block_bytes + (0 if extra is None else extra.block_bytes)
+    max_drafts = 0 if speculation is None else speculation.num_speculative_tokens
+    attention = attention_of(options, cache, model.rank_spec.num_heads)
+    can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
+    has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and loading is None
+    max_rows_in_graph = options.max_num_seqs if has_graphs else 0
 
     def measure() -> int:
         num_bytes = cache_bytes(
-            options, model, cache, max_num_tokens=max_num_tokens, num_replicas_here=num_replicas_here
+            options,
+            model,
+            cache,
+            max_num_tokens=max_num_tokens,
+            num_replicas_here=num_replicas_here,
+            max_rows_in_graph=max_rows_in_graph,
+            max_drafts=max_drafts,
         )
         return num_bytes // block_bytes
 
@@ -253,16 +264,14 @@ def _fit_runner(
         )
         if loading is not None:
             loading.ranks.group.call("allocate", num_blocks=size.num_blocks + 1)
-        attention = attention_of(options, cache, model.rank_spec.num_heads)
-        can_capture = all(getattr(part, "is_capturable", False) for part in (model, attention))
-        has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and loading is None
         runner = TokenRunner(
             model,
             attention,
             cache,
             num_blocks=size.num_blocks,
             max_model_len=size.max_model_len,
-            max_rows_in_graph=options.max_num_seqs if has_graphs else 0,
+            max_rows_in_graph=max_rows_in_graph,
+            max_drafts=max_drafts,
             proposer=None
             if speculation is None
             else make_proposer(speculation, draft, extra, num_blocks=size.num_blocks, max_num_tokens=max_num_tokens),

@@ -1,11 +1,12 @@
 """How many KV blocks a replica gets, and how long a sequence may then be.
 
-On CUDA the cache takes what `gpu_memory_utilization` leaves after weights and the measured memory of a full step. On
+On CUDA the cache takes what `gpu_memory_utilization` leaves after weights, a full step and all graphs, as measured. On
 CPU it is sized by need (some full-length sequences), within a share of the free memory: pages are taken when written.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.errors import ConfigError
 from serve.options import ModelOptions
+from serve.text.graph_memory import measure_graphs
 from serve.text.load import attention_of
+
+log = logging.getLogger(__name__)
 
 CPU_SEQUENCES_SHARE = 1 / 8
 """Full-length sequences the CPU cache holds, as a share of `max_num_seqs`."""
@@ -66,10 +70,26 @@ def cache_bytes(
     max_num_tokens: int,
     num_replicas_here: int,
     has_logits: bool = True,
+    max_rows_in_graph: int = 0,
+    max_drafts: int = 0,
 ) -> int:
-    """Memory for this rank's cache. On CUDA all ranks of a model measure together; `has_logits`: on its last stage."""
+    """Memory for this rank's cache. On CUDA all ranks of a model measure together; `has_logits`: on its last stage.
+
+    Room is left for CUDA graphs of up to `max_rows_in_graph` rows with up to `max_drafts` drafts.
+    """
     if spec.device.type == "cuda":
-        return cuda_cache_bytes(options, model, spec, max_num_tokens=max_num_tokens, has_logits=has_logits)
+        if options.kv_cache_memory_bytes is not None:
+            return options.kv_cache_memory_bytes
+        num_scored = options.max_num_seqs if has_logits else 0
+        step_bytes = _measure_step(options, model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
+        graph_bytes = 0
+        if max_rows_in_graph:
+            attention = attention_of(options, spec, model.rank_spec.num_heads)
+            graph_bytes = measure_graphs(model, attention, spec, max_rows=max_rows_in_graph, max_drafts=max_drafts)
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
+        limit_bytes = int(total_bytes * options.gpu_memory_utilization)
+        return cuda_cache_bytes(limit_bytes, total_bytes - free_bytes, step_bytes, graph_bytes)
     return cpu_cache_bytes(
         options,
         spec,
@@ -91,18 +111,15 @@ def cpu_cache_bytes(
     return min(num_sequences * blocks_each * spec.block_bytes, most)
 
 
-def cuda_cache_bytes(
-    options: ModelOptions, model: CausalLM, spec: KVCacheSpec, *, max_num_tokens: int, has_logits: bool = True
-) -> int:
-    """Memory for the CUDA cache: measured, not estimated. Call when the weights are loaded."""
-    if options.kv_cache_memory_bytes is not None:
-        return options.kv_cache_memory_bytes
-    num_scored = options.max_num_seqs if has_logits else 0
-    step_bytes = _measure_step(options, model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
-    torch.cuda.empty_cache()
-    free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
-    left = int(total_bytes * options.gpu_memory_utilization) - (total_bytes - free_bytes) - step_bytes
-    return max(left, 0)
+def cuda_cache_bytes(limit_bytes: int, held_bytes: int, step_bytes: int, graph_bytes: int) -> int:
+    """What a replica may hold, less what is held (the weights, other processes), a step's peak and all graphs: those
+    captured later, while the cache is full, find their memory too. 0 when that is more."""
+    left = max(0, limit_bytes - held_bytes - step_bytes - graph_bytes)
+    log.info(
+        "device memory limit_bytes=%d held_bytes=%d step_bytes=%d graph_bytes=%d kv_cache_bytes=%d",
+        *(limit_bytes, held_bytes, step_bytes, graph_bytes, left),
+    )
+    return left
 
 
 def free_memory_bytes() -> int:

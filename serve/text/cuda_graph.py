@@ -1,17 +1,21 @@
 """Decode steps as CUDA graphs: one launch instead of some hundreds, which at small batches is most of a step's time.
 
-A graph is a forward over a fixed number of rows with one new token each. It reads its inputs where the step's one copy
-from the host puts them: the staging buffer never moves, and a step of as many rows puts the same sizes in the same
-order. Rows that a step does not fill compute the padding token in the runner's own block. A few sizes are captured
-before the replica is ready, the others one by one while the engine is idle, or when a batch wants them sooner (each
-costs two forwards): without a compiler there is nothing to wait for.
+A graph is a forward over a fixed number of rows with as many new tokens each: one, or one and some drafts to verify. It
+reads its inputs where the step's one copy from the host puts them: the staging buffer never moves, and a step of the
+same shape puts the same sizes in the same order. Rows that a step does not fill compute the padding token in the
+runner's own block. A few shapes are captured before the replica is ready, the others one by one while the engine is
+idle, or when a batch wants them sooner (each costs two forwards): without a compiler there is nothing to wait for.
 
-The plan of such a step is made by the attention backend as always. So a backend is capturable when its plans for
-decodes differ in the content of their tensors and in the length of block tables, which it puts last, and in nothing
-else; it says so by `is_capturable`. A step whose inputs lie elsewhere all the same (block tables beyond the buffer) is
+The plan of such a step is made by the attention backend as always. So a backend is capturable when its plans for one
+shape differ in the content of their tensors and in the length of block tables, which it puts last, and in nothing else;
+it says so by `is_capturable`. A step whose inputs lie elsewhere all the same (block tables beyond the buffer) is
 computed without a graph.
 
-Legend: T rows of a step, one token each; D hidden size.
+Logits and draws stay outside. Results are read after the replay, so graphs cannot share their memory, and the logits of
+all sizes would take 740 MB at a vocabulary of 128k; which kernels draw depends on what the rows ask; and both are a
+handful of launches, made while the device computes the step before.
+
+Legend: T tokens of a step, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,15 +35,25 @@ from serve.text.step_inputs import StepInputs
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Rows of the graphs; a larger batch is computed without one (its kernels are long enough to hide their launches)."""
+MAX_WIDTH = 9
+"""New tokens of a row, at most: eight drafts."""
+VERIFY_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""The same where rows have drafts: fewer, for each number of drafts has its own, and a row in vain costs little."""
 
 Forward = Callable[[], torch.Tensor]
 Capture = Callable[[Forward], tuple[Callable[[], None], torch.Tensor]]
 """From a forward over fixed buffers to a function that computes it again and the tensor it then fills."""
 
 
+class Shape(NamedTuple):
+    num_rows: int
+    width: int
+    """New tokens of each row: one, and the drafts."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """One size: where it reads, a function to call, a result to read."""
+    """One shape: where it reads, a function to call, a result to read."""
 
     inputs: StepInputs
     replay: Callable[[], None]
@@ -47,7 +61,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The graphs of one runner. `own_block` holds what padding rows write."""
+    """The graphs of one runner. `own_table`: blocks for what padding rows write, enough for `max_width` positions."""
 
     def __init__(
         self,
@@ -56,71 +70,99 @@ class DecodeGraphs:
         kv_cache: list[Any],
         *,
         staging: Staging,
-        own_block: int,
+        own_table: array[int],
         max_rows: int,
+        max_width: int = 1,
         capture: Capture | None = None,
     ):
+        """`max_width`: new tokens of a row, at most; more than 1 where drafts are verified."""
         self._model = model
         self._attention = attention
         self._kv_cache = kv_cache
         self._staging = staging
-        self._own_table = array("i", [own_block])
+        self._own_table = own_table
         self._capture = capture or _Pool()
-        most = SIZES[min(bisect_left(SIZES, max_rows), len(SIZES) - 1)]
-        self._sizes = [size for size in SIZES if size <= most]
-        self._graphs: dict[int, _Graph] = {}
+        self.shapes = decode_shapes(max_rows, max_width)
+        self._sizes: dict[int, list[int]] = {}
+        """Numbers of rows, ascending, by width."""
+        for shape in self.shapes:
+            self._sizes.setdefault(shape.width, []).append(shape.num_rows)
+        self._graphs: dict[Shape, _Graph] = {}
 
     def warm_up(self) -> None:
-        """Capture the largest size first, whose memory the others reuse, and those a lone user needs."""
-        for size in sorted({self._sizes[-1], 1, min(8, self._sizes[-1])}, reverse=True):
-            self._graphs[size] = self._capture_size(size)
+        """Capture the largest shape first, whose memory the others reuse, and those a lone user needs."""
+        widths = 1, max(self._sizes)
+        for shape in reversed(self.shapes):
+            if shape == self.shapes[-1] or (shape.num_rows in (1, 8) and shape.width in widths):
+                self.capture(shape)
 
     def capture_next(self) -> bool:
-        """Capture the smallest size that is missing, if any; False when none is left."""
-        missing = [size for size in self._sizes if size not in self._graphs]
+        """Capture the smallest shape that is missing, if any; False when none is left."""
+        missing = [shape for shape in self.shapes if shape not in self._graphs]
         if missing:
-            self._graphs[missing[0]] = self._capture_size(missing[0])
+            self.capture(missing[0])
         return len(missing) > 1
 
     def covers(self, layout: TokenLayout) -> bool:
-        return len(layout.num_new) <= self._sizes[-1] and all(num == 1 for num in layout.num_new)
+        """Whether there is a graph for this step: all rows have the same few new tokens."""
+        sizes, num_new = self._sizes.get(layout.num_new[0]), layout.num_new
+        return sizes is not None and len(num_new) <= sizes[-1] and num_new.count(num_new[0]) == len(num_new)
 
     def put(self, token_ids: list[int], positions: list[int], layout: TokenLayout) -> StepInputs:
-        """The first puts of a step in which every sequence has one new token: as many rows as the next larger graph."""
-        size = self._sizes[bisect_left(self._sizes, len(token_ids))]
-        if size not in self._graphs:
-            self._graphs[size] = self._capture_size(size)
-        return self._put(size, token_ids, positions, layout)
+        """The first puts of a step that is covered: as many rows as the next larger graph."""
+        shape = self._shape(layout)
+        if shape not in self._graphs:
+            self.capture(shape)
+        return self._put(shape, token_ids, positions, layout)
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """hidden_TD of all rows, padding included. Valid until the next call."""
-        graph = self._graphs[len(inputs.token_ids_T)]
+    def forward(self, inputs: StepInputs, layout: TokenLayout) -> torch.Tensor:
+        """hidden_TD of what `put` gave for this layout, padding included. Valid until the next call."""
+        graph = self._graphs[self._shape(layout)]
         if not inputs.lie_where(graph.inputs):
             return self._compute(inputs)
         graph.replay()
         return graph.hidden_TD
 
-    def _capture_size(self, size: int) -> _Graph:
-        inputs = self._put(size, [], [], TokenLayout([], [], []))
+    def capture(self, shape: Shape) -> None:
+        inputs = self._put(shape, [], [], TokenLayout([], [], []))
         self._staging.send()
         replay, hidden_TD = self._capture(lambda: self._compute(inputs))
-        return _Graph(inputs, replay, hidden_TD)
+        self._graphs[shape] = _Graph(inputs, replay, hidden_TD)
+
+    def _shape(self, layout: TokenLayout) -> Shape:
+        width = layout.num_new[0]
+        sizes = self._sizes[width]
+        return Shape(sizes[bisect_left(sizes, len(layout.num_new))], width)
 
     def _compute(self, inputs: StepInputs) -> torch.Tensor:
         context = StepContext(self._attention, inputs.plan, self._kv_cache)
         return self._model.forward(inputs.token_ids_T, inputs.positions_T, context)
 
-    def _put(self, size: int, token_ids: list[int], positions: list[int], layout: TokenLayout) -> StepInputs:
-        num = size - len(token_ids)
-        layout = self._padded(layout, num)
-        return StepInputs.put(token_ids + [0] * num, positions + [0] * num, layout, self._attention, self._staging)
-
-    def _padded(self, layout: TokenLayout, num_rows: int) -> TokenLayout:
-        return TokenLayout(
-            [*layout.num_new, *[1] * num_rows],
+    def _put(self, shape: Shape, token_ids: list[int], positions: list[int], layout: TokenLayout) -> StepInputs:
+        num_rows = shape.num_rows - len(layout.num_new)
+        behind = layout.behind
+        padded = TokenLayout(
+            [*layout.num_new, *[shape.width] * num_rows],
             [*layout.num_computed, *[0] * num_rows],
             [*layout.block_tables, *[self._own_table] * num_rows],
+            None if behind is None else torch.nn.functional.pad(behind, (0, num_rows)),
         )
+        token_ids = token_ids + [0] * (num_rows * shape.width)
+        positions = positions + list(range(shape.width)) * num_rows
+        return StepInputs.put(token_ids, positions, padded, self._attention, self._staging)
+
+
+def decode_shapes(max_rows: int, max_width: int) -> list[Shape]:
+    """Of the graphs for up to so many rows with up to so many new tokens, smallest first."""
+    shapes = []
+    for width in range(1, min(max_width, MAX_WIDTH) + 1):
+        sizes = SIZES if width == 1 else VERIFY_SIZES
+        shapes += [Shape(size, width) for size in sizes[: bisect_left(sizes, max_rows) + 1]]
+    return sorted(shapes, key=_num_tokens)
+
+
+def _num_tokens(shape: Shape) -> tuple[int, int]:
+    return shape.num_rows * shape.width, shape.width
 
 
 class _Pool:

@@ -33,7 +33,7 @@ from models.staging import CAPACITY, Staging
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
 from serve.text.candidates import find_candidates
-from serve.text.cuda_graph import DecodeGraphs
+from serve.text.cuda_graph import MAX_WIDTH, DecodeGraphs
 from serve.text.flight import Flight, PromptScores, land, take_off
 from serve.text.logprobs import score
 from serve.text.peers import Peers
@@ -81,6 +81,7 @@ class TokenRunner:
         num_blocks: int,
         max_model_len: int = 0,
         max_rows_in_graph: int = 0,
+        max_drafts: int = 0,
         proposer: Proposer | None = None,
         rejects: bool = False,
         peers: Peers | None = None,
@@ -89,7 +90,8 @@ class TokenRunner:
     ):
         """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
 
-        Decode steps of up to `max_rows_in_graph` rows run as CUDA graphs, which then need `max_model_len`. `rejects`:
+        Steps of up to `max_rows_in_graph` rows with `max_drafts` drafts at most run as CUDA graphs, for which
+        `max_model_len` is needed. `rejects`:
         drafts are verified by rejection sampling; else draws are coupled (`speculative.py`). `peers`: the other ranks,
         of which this one is the driver. `queue`: what the device is told to do; None: the device's own.
         """
@@ -97,7 +99,7 @@ class TokenRunner:
         self.device = cache.device
         self._attention = attention
         self.kv_cache = attention.allocate(num_blocks + 1)
-        self._own_table = array("i", [num_blocks])
+        self._own_table = array("i", [num_blocks] * -(-MAX_WIDTH // cache.block_size))
         self._block_size = cache.block_size
         table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
         self._queue = queue or queue_of(cache.device)
@@ -124,8 +126,9 @@ class TokenRunner:
                 attention,
                 self.kv_cache,
                 staging=self.staging,
-                own_block=num_blocks,
+                own_table=self._own_table,
                 max_rows=max_rows_in_graph,
+                max_width=1 + max_drafts,
             )
 
     # -- the contract ----------------------------------------------------------------------------------------------
@@ -280,7 +283,7 @@ class TokenRunner:
                 self.peers.share(ids_P)
             ids_T[to_P] = ids_P
         if graphs is not None:
-            hidden_TD = graphs.forward(inputs)
+            hidden_TD = graphs.forward(inputs, step.layout)
         else:
             context = StepContext(self._attention, inputs.plan, self.kv_cache)
             hidden_TD = self.model.forward(ids_T, inputs.positions_T, context)

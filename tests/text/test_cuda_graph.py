@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from async_device import AsyncQueue
@@ -20,7 +22,8 @@ from serve.text.step_inputs import StepInputs
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 BLOCK, NUM_BLOCKS, MAX_BLOCKS = 4, 40, 6
-CAPACITY = 4096
+CAPACITY = 8192
+OWN_TABLE = array("i", [NUM_BLOCKS])
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Plan:
 
 
 class FlatAttention:
-    """Decodes only, in a fixed number of operations whatever the lengths, as a capturable backend computes them."""
+    """In a fixed number of operations whatever the lengths, as a capturable backend computes: token by token."""
 
     def __init__(self, spec: KVCacheSpec):
         self._spec = spec
@@ -42,11 +45,11 @@ class FlatAttention:
         return [torch.zeros(shape) for _ in range(self._spec.num_layers)]
 
     def plan(self, layout: TokenLayout, staging: Staging) -> Plan:
-        assert set(layout.num_new) == {1}
         slots_T = staging.put(layout.slots(BLOCK), torch.int64)
-        lengths_T = staging.put([start + 1 for start in layout.num_computed], torch.int32)
-        blocks, starts = layout.flat_tables()
-        starts_T = staging.put(starts, torch.int32)
+        new = zip(layout.num_computed, layout.num_new, strict=True)
+        lengths_T = staging.put([start + 1 + i for start, num in new for i in range(num)], torch.int32)
+        blocks, starts_S = layout.flat_tables()
+        starts_T = staging.put(np.repeat(starts_S, layout.num_new), torch.int32)
         return Plan(slots_T, [lengths_T], starts_T, staging.put(blocks, torch.int32))
 
     def attend(self, q_TNH, new_T2KH, kv, plan, *, scale, window=None, softcap=None):
@@ -86,6 +89,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def parts(model):
+    return build(model)
+
+
+def build(model, max_width: int = 1) -> tuple:
     spec = model.spec
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, BLOCK, spec.dtype, CPU)
     attention, captures = FlatAttention(cache), Captures()
@@ -94,41 +101,50 @@ def parts(model):
         layer.normal_(generator=torch.Generator().manual_seed(3))
     staging = Staging(CPU, CAPACITY, AsyncQueue())
     graphs = DecodeGraphs(
-        model, attention, kv_cache, staging=staging, own_block=NUM_BLOCKS, max_rows=10, capture=captures
+        model,
+        attention,
+        kv_cache,
+        staging=staging,
+        own_table=OWN_TABLE,
+        max_rows=10,
+        max_width=max_width,
+        capture=captures,
     )
     return graphs, attention, kv_cache, captures, staging
 
 
-def decodes(num_rows: int) -> TokenLayout:
-    return TokenLayout([1] * num_rows, [0] * num_rows, [[0]] * num_rows)
+def rows(num_rows: int, width: int = 1) -> TokenLayout:
+    return TokenLayout([width] * num_rows, [0] * num_rows, [[0]] * num_rows)
 
 
 def compute(parts, ids: list[int], positions: list[int], layout: TokenLayout) -> torch.Tensor:
     graphs, _, _, _, staging = parts
     inputs = graphs.put(ids, positions, layout)
     staging.send()
-    return graphs.forward(inputs)[: len(ids)]
+    return graphs.forward(inputs, layout)[: len(ids)]
 
 
-def step(num_rows: int, seed: int) -> tuple[list[int], list[int], TokenLayout]:
-    """Decodes at random lengths on blocks of their own."""
+def step(num_rows: int, seed: int, width: int = 1) -> tuple[list[int], list[int], TokenLayout]:
+    """Sequences of random lengths on blocks of their own, with `width` new tokens each."""
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, 4 * BLOCK, (num_rows,), generator=generator).tolist()
+    starts = torch.randint(0, 4 * BLOCK - width + 1, (num_rows,), generator=generator).tolist()
     order = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
     tables = [order[4 * i : 4 * i + 4] for i in range(num_rows)]
-    ids = torch.randint(0, 250, (num_rows,), generator=generator).tolist()
-    return ids, starts, TokenLayout([1] * num_rows, starts, tables)
+    ids = torch.randint(0, 250, (num_rows * width,), generator=generator).tolist()
+    positions = [start + i for start in starts for i in range(width)]
+    return ids, positions, TokenLayout([width] * num_rows, starts, tables)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
 @torch.inference_mode()
-def test_replayed_steps_equal_plain_ones_for_every_number_of_rows(parts, model):
-    graphs, attention, kv_cache, _, staging = parts
+def test_replayed_steps_equal_plain_ones_for_every_number_of_rows(model, width):
+    parts = graphs, attention, kv_cache, _, staging = build(model, max_width=width)
     graphs.warm_up()
     while graphs.capture_next():
         pass
     plain = Staging(CPU)
     for seed, num_rows in enumerate((10, 1, 7, 3, 10, 2, 9, 8, 1)):
-        ids, positions, layout = step(num_rows, seed)
+        ids, positions, layout = step(num_rows, seed, width)
         before = [layer.clone() for layer in kv_cache]
         inputs = StepInputs.put(ids, positions, layout, attention, plain)
         context = StepContext(attention, inputs.plan, kv_cache)
@@ -169,7 +185,18 @@ def test_the_rest_is_captured_one_by_one_and_no_size_twice(parts):
 
 def test_batches_beyond_the_limit_are_not_covered(parts):
     graphs = parts[0]
-    assert graphs.covers(decodes(1)) and graphs.covers(decodes(12))
-    assert not graphs.covers(decodes(13))
+    assert graphs.covers(rows(1)) and graphs.covers(rows(12))
+    assert not graphs.covers(rows(13)) and not graphs.covers(rows(1, 2))
     assert not graphs.covers(TokenLayout([1, 2], [0, 0], [[0], [1]]))
     assert len(SIZES) == 20 and list(SIZES) == sorted(SIZES)
+
+
+def test_steps_that_verify_drafts_have_graphs_for_each_number_of_drafts(model):
+    graphs, _, _, captures, _ = build(model, max_width=3)
+    assert all(graphs.covers(rows(num, width)) for num in (1, 10) for width in (1, 2, 3))
+    assert not graphs.covers(rows(2, 4)) and not graphs.covers(TokenLayout([3, 2], [0, 0], [[0], [1]]))
+    graphs.warm_up()
+    assert captures.num == 5, "the largest of all, and 1 and 8 rows with all drafts and with none"
+    while graphs.capture_next():
+        pass
+    assert captures.num == len(graphs.shapes) == 15
