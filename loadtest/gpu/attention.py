@@ -10,18 +10,24 @@ Legend: T tokens, N query heads, K key/value heads, G = N / K, H head dimension,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from loadtest.gpu.bench import Bench
+from loadtest.gpu.bench import Bench, Outcome
 from loadtest.gpu.limits import DeviceLimits
 from loadtest.gpu.timing import Stopwatch
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.attention.build import NAMES, make_attention
+from models.attention.measured import Row
 from models.attention.quantized_kv import pack, unpack
 from models.staging import Staging
 
+HEADS = (32, 8, 128)
+"""Query heads, key heads and head dimension of Llama-3.1-8B."""
+BOUND = 3e-2
+"""Of an error: weights and sums are rounded several times on the way."""
 _FILLED_AT_ONCE = 16_384
 """Positions."""
 _ROWS_COMPARED = 24
@@ -40,6 +46,16 @@ class Case:
     @property
     def num_tokens(self) -> int:
         return sum(new for _, new in self.sequences)
+
+    @property
+    def num_new(self) -> int:
+        """The most of a sequence."""
+        return max(new for _, new in self.sequences)
+
+    @property
+    def context(self) -> int:
+        """Of the longest sequence, after the step."""
+        return max(start + new for start, new in self.sequences)
 
     @property
     def positions(self) -> int:
@@ -79,31 +95,33 @@ CASES = (
     _decode(256, 1024, "int8"),
 )
 TINY_CASES = (
-    _decode(3, 20),
-    Case("verify", "2 x 20, 3 drafts", ((20, 4),) * 2),
-    Case("mixed", "9 new, 2 decodes", ((5, 9), (18, 1), (3, 1))),
-    _decode(2, 20, "fp8_e4m3"),
+    Case("mixed", "6 new, 3 drafts, a decode", ((5, 6), (14, 4), (11, 1))),
+    _decode(2, 12, "fp8_e4m3"),
 )
 
 
 def measure(bench: Bench, limits: DeviceLimits) -> None:
     """A row for each case and backend that can compute it."""
-    heads, kv_heads, head_dim = (4, 2, 16) if bench.is_rehearsal else (32, 8, 128)
+    heads, kv_heads, head_dim = (4, 2, 16) if bench.is_rehearsal else HEADS
     dtype = torch.float32 if bench.is_rehearsal else torch.bfloat16
+    told: set[str] = set()
     for case in TINY_CASES if bench.is_rehearsal else CASES:
         name = f"attention: {case.phase} {case.shape} {case.kv_dtype}"
         if not bench.has_time(name, 0 if bench.is_rehearsal else 3):
             continue
         spec = KVCacheSpec(1, kv_heads, head_dim, 16, dtype, bench.device, case.kv_dtype)
         inputs = Inputs(case, spec, heads)
-        for backend in backends(bench.device):
-            if backend == "sdpa" and len(case.sequences) > 64:
-                continue  # it takes sequences one by one: the reference, not a contender
+        for backend in (name for name in NAMES if name not in ("auto", "cpu")):
+            if backend == "sdpa" and (len(case.sequences) > 64 or case.context > 8192):
+                continue  # it takes sequences one by one, with masks as large as their scores: no contender
             about = {"phase": case.phase, "shape": case.shape, "kv": case.kv_dtype, "backend": backend}
+            about |= {"sequences": len(case.sequences), "num_new": case.num_new, "context": case.context}
             try:
                 attention = make_attention(backend, spec, heads)
             except ValueError as error:
-                bench.note(f"{name}, {backend}: {error}")
+                if str(error) not in told:
+                    bench.note(str(error))
+                    told.add(str(error))
                 continue
             try:
                 found = _measure(bench, limits, case, inputs, attention)
@@ -114,19 +132,38 @@ def measure(bench: Bench, limits: DeviceLimits) -> None:
         del inputs
 
 
-def backends(device: torch.device) -> list[str]:
-    """Those that compute on a CUDA device; on the CPU, in a rehearsal, the same."""
-    return [name for name in NAMES if name not in ("auto", "cpu")]
+def choices(outcome: Outcome) -> list[Row]:
+    """What `models/attention/measured.py` chooses backends from: times of all that are meant to be fast."""
+    heads, kv_heads, head_dim = HEADS
+    return [
+        Row(
+            device=outcome.about["device"],
+            dtype="bfloat16",
+            kv_dtype=row["kv"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            phase=row["phase"],
+            sequences=row["sequences"],
+            num_new=row["num_new"],
+            context=row["context"],
+            backend=row["backend"],
+            microseconds=row["microseconds"],
+            date=outcome.about["date"].split()[0],
+            commit=outcome.about["commit"],
+        )
+        for row in outcome.of_kind("attention")
+        if row["backend"] != "sdpa" and row["error"] is not None and row["error"] < BOUND
+    ]
 
 
 def _measure(
     bench: Bench, limits: DeviceLimits, case: Case, inputs: Inputs, attention: AttentionBackend
 ) -> dict[str, float]:
     """Columns of a row."""
-    run = inputs.prepare(attention)
-    out_TNH = run()
-    bench.synchronize()
-    timing = Stopwatch(bench.device)(run)
+    step = inputs.prepare(attention)
+    out_TNH = step.attend()
+    timing = Stopwatch(bench.device)(step.attend)
     num_bytes, flop = case.cost(inputs.spec, inputs.num_heads)
     return {
         "error": inputs.error(out_TNH),
@@ -134,6 +171,60 @@ def _measure(
         "spread": timing.spread,
         "ceiling": limits.floor_s(num_bytes, flop) / timing.median_s,
     }
+
+
+def measure_rotation(bench: Bench, limits: DeviceLimits) -> None:
+    """The kernel that rotates queries in place and keys on their way to the cache: its own time, and the error of an
+    attention behind it."""
+    heads, kv_heads, head_dim = (4, 2, 16) if bench.is_rehearsal else HEADS
+    dtype = torch.float32 if bench.is_rehearsal else torch.bfloat16
+    for case in TINY_CASES[:1] if bench.is_rehearsal else (CASES[2], CASES[11]):
+        about = {"kernel": "rotate_and_store", "shape": f"{case.phase} {case.shape}"}
+        if not bench.has_time(" ".join(about.values()), 0 if bench.is_rehearsal else 3):
+            continue
+        inputs = Inputs(case, KVCacheSpec(1, kv_heads, head_dim, 16, dtype, bench.device), heads)
+        try:
+            found = _measure_rotation(bench, limits, inputs)
+        except Exception as error:
+            bench.row("kernel", **about, error=None, failure=f"{type(error).__name__}: {error}"[:300])
+        else:
+            bench.row("kernel", **about, **found)
+
+
+def _measure_rotation(bench: Bench, limits: DeviceLimits, inputs: Inputs) -> dict[str, float]:
+    """Columns of a row."""
+    step = inputs.prepare(make_attention("triton", inputs.spec, inputs.num_heads))
+    qkv_TMH, cis_T1C = inputs.turn(step)
+    rotate = partial(step.attention.rotate_and_store, cis_T1C=cis_T1C, norm=None, kv=step.cache, plan=step.plan)
+    turned_TMH = qkv_TMH.clone()
+    rotate(turned_TMH)
+    q_TNH = turned_TMH[:, : inputs.num_heads]
+    out_TNH = step.attention.attend_stored(q_TNH, step.cache, step.plan, scale=inputs.spec.head_dim**-0.5)
+    error = inputs.error(out_TNH)
+    timing = Stopwatch(bench.device)(lambda: rotate(turned_TMH))
+    return {
+        "error": error,
+        "bound": BOUND,
+        "microseconds": 1e6 * timing.median_s,
+        "spread": timing.spread,
+        "ceiling": limits.floor_s(2 * qkv_TMH.nbytes + cis_T1C.nbytes, 0.0) / timing.median_s,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step ready to be computed, over a cache that holds all positions before it."""
+
+    attention: Any
+    cache: Any
+    plan: Any
+    q_TNH: torch.Tensor
+    new_T2KH: torch.Tensor
+
+    def attend(self) -> torch.Tensor:
+        scale = self.q_TNH.shape[-1] ** -0.5
+        out_TNH: torch.Tensor = self.attention.attend(self.q_TNH, self.new_T2KH, self.cache, self.plan, scale=scale)
+        return out_TNH
 
 
 class Inputs:
@@ -156,17 +247,35 @@ class Inputs:
         order = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
         self._tables = [order[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
 
-    def prepare(self, attention: AttentionBackend) -> Any:
-        """A cache that holds all positions before the step; the function that computes the step."""
+    def prepare(self, attention: AttentionBackend) -> Step:
         (cache,) = attention.allocate(self.num_blocks)
         self._fill(attention, cache)
         layout = TokenLayout([new for _, new in self._sequences], [start for start, _ in self._sequences], self._tables)
         staging = Staging(self.spec.device)
         plan = attention.plan(layout, staging)
         staging.send()
-        new_T2KH = torch.cat([self._kv_P2KH[end - new : end] for end, (_, new) in zip(self._ends, self._sequences)])
-        scale = self.spec.head_dim**-0.5
-        return lambda: attention.attend(self._q_TNH, new_T2KH, cache, plan, scale=scale)
+        return Step(attention, cache, plan, self._q_TNH, self._kv_P2KH[self._new_places()])
+
+    def turn(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projection [T, N + 2 K, H] of `step` and random rotations; from now on what is exact is rotated so."""
+        qkv_TMH = torch.cat((step.q_TNH, *step.new_T2KH.unbind(1)), 1)
+        angles_T1C = torch.rand(len(qkv_TMH), 1, self.spec.head_dim // 2, device=self.spec.device) * 6.28
+        cis_T1C = torch.polar(torch.ones_like(angles_T1C), angles_T1C)
+
+        def turned(x_TNH: torch.Tensor) -> torch.Tensor:
+            pairs = torch.view_as_complex(x_TNH.double().unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * cis_T1C.to(torch.complex128)).flatten(-2)
+
+        self._q_TNH = turned(self._q_TNH)
+        places = self._new_places()
+        self._kv_P2KH = self._kv_P2KH.double()
+        self._kv_P2KH[places, 0] = turned(self._kv_P2KH[places, 0])
+        return qkv_TMH, cis_T1C
+
+    def _new_places(self) -> torch.Tensor:
+        """Of the step's own positions among all."""
+        ranges = [torch.arange(end - new, end) for end, (_, new) in zip(self._ends, self._sequences)]
+        return torch.cat(ranges).to(self.spec.device)
 
     def _fill(self, attention: AttentionBackend, cache: Any) -> None:
         """By steps of a few sequences' chunks, whose outputs nobody reads."""

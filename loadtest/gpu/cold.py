@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from loadtest.gpu.bench import Bench
 from loadtest.gpu.shapes import TextShape
+from loadtest.gpu.text import free
 from models.registry import NATIVE
 from models.text.decoder import Decoder
 from models.weights import fill_dummy
@@ -42,6 +43,7 @@ def run(bench: Bench) -> None:
             bench.note("a start from files: the disk has no room for them")
         elif bench.has_time("a start from files", 0 if bench.is_rehearsal else 40):
             write_weights(folder, shape, bench.device)
+            free()
             _start(bench, folder, kernels, "weights from cached files", "auto")
 
 

@@ -5,6 +5,7 @@ Times of steps come from the engine's own observer, so nothing is done per token
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -96,12 +97,17 @@ class Driver:
         while self.engine.use_idle_time():
             pass
         self._numbers = count()
+        self._chance = random.Random(0)
 
     @property
     def step_budget(self) -> int:
         """Positions of a step, at most."""
         on_device = 8192 if self.card.device.startswith("cuda") else 1024
         return self.options.max_num_batched_tokens or on_device
+
+    def prompts(self, number: int, length: int) -> list[list[int]]:
+        """Random tokens: others at every call, the same in every run."""
+        return [[self._chance.randrange(3, self.card.vocab_size) for _ in range(length)] for _ in range(number)]
 
     def submit(
         self,

@@ -7,7 +7,7 @@ host cannot close.
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,19 +71,26 @@ def occupancy(spans: list[Span], num_steps: int) -> Occupancy:
     )
 
 
-def watch(step: Callable[[], Any], num_steps: int) -> tuple[list[Span], float]:
-    """What the device does while `step` is called so often, and the seconds of the host. CUDA only."""
+def busiest(spans: list[Span], num_steps: int, most: int = 8) -> list[tuple[str, float, float, float]]:
+    """Names of what took longest: with calls and seconds of a step, and their share of all that ran."""
+    seconds: dict[str, float] = {}
+    for span in spans:
+        seconds[span.name] = seconds.get(span.name, 0.0) + span.end_s - span.start_s
+    calls, whole_s = Counter(span.name for span in spans), sum(seconds.values())
+    ranked = sorted(seconds, key=seconds.__getitem__, reverse=True)[:most]
+    return [(name, calls[name] / num_steps, seconds[name] / num_steps, seconds[name] / whole_s) for name in ranked]
+
+
+def watch(step: Callable[[], Any], num_steps: int) -> list[Span]:
+    """What the device does while `step` is called so often. CUDA only."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
         for _ in range(num_steps):
             step()
-        host_s = time.perf_counter() - began
         torch.cuda.synchronize()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    spans = [
+    return [
         Span(event.name(), event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9)
         for event in profile.profiler.kineto_results.events()
         if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
     ]
-    return spans, host_s

@@ -59,7 +59,7 @@ def _measure(bench: Bench, driver: Driver, batch: int, temperature: float) -> fl
     with synchronising_calls() as calls:
         for _ in range(_NUM_STEPS):
             driver.engine.step()
-    seen = occupancy(watch(driver.engine.step, _NUM_STEPS)[0], _NUM_STEPS)
+    seen = occupancy(watch(driver.engine.step, _NUM_STEPS), _NUM_STEPS)
     driver.run()
     columns |= {"copies_in": seen.copies_in, "copies_out": seen.copies_out, "kernels": seen.kernels}
     bench.row("overlap", **columns, synchronisations=len(calls) / _NUM_STEPS, first=calls[0] if calls else "")

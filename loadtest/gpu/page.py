@@ -1,4 +1,5 @@
-"""The results page and the README's table, from a folder of measured parts. Neither is ever written by hand.
+"""The results page and the README's table, from a folder of measured parts, and the table by which attention backends
+are chosen (`models/attention/measured.py`). None is ever written by hand.
 
 What they are made from is kept beside the page as one file, so that anybody can make them again. Where nothing has been
 measured both say so.
@@ -11,15 +12,17 @@ import json
 import re
 from pathlib import Path
 
+from loadtest.gpu.attention import choices
 from loadtest.gpu.bench import Outcome
 from loadtest.gpu.tables import TABLES, markdown, tables_of
 from loadtest.gpu.targets import judge
+from models.attention import measured
 
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / "loadtest" / "results"
 COMMAND = "python -m loadtest.gpu all --out DIR"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
-_ORDER = ("limits", "correct", "text", "peer", "cold", "overlap", "kernels", "images")
+_ORDER = ("limits", "correct", "text", "peer", "cold", "overlap", "kernels", "images", "quantized")
 _TITLES = {
     "limits": "The card",
     "correct": "Correctness",
@@ -29,6 +32,7 @@ _TITLES = {
     "overlap": "Does the host hold the device up?",
     "kernels": "Kernels",
     "images": "Diffusion transformers",
+    "quantized": "Quantised",
 }
 
 
@@ -43,6 +47,7 @@ def write_page(folder: Path | None, *, results: Path = RESULTS, readme: Path = _
         outcomes = read_measured(folder)
         values = [dataclasses.asdict(outcome) for outcome in outcomes]
         data.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        measured.write([row for outcome in outcomes for row in choices(outcome)])
     kept = read_kept(data)
     (results / "gpu.md").write_text(page(kept), encoding="utf-8")
     readme.write_text(with_table(readme.read_text(encoding="utf-8"), kept), encoding="utf-8")

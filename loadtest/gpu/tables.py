@@ -7,7 +7,7 @@ from typing import Any
 
 from loadtest.gpu.bench import Outcome
 
-_SHARES = {"spread", "roofline", "mfu", "matmul_share", "idle_between", "not_busy", "held", "ceiling"}
+_SHARES = {"spread", "roofline", "mfu", "matmul_share", "idle_between", "not_busy", "held", "ceiling", "share"}
 """Columns that are written in percent."""
 
 
@@ -72,6 +72,16 @@ TABLES = {
             "kernels": "kernels",
         },
     ),
+    "profile": Table(
+        "What a step consists of, its longest parts first",
+        {
+            "step": "step",
+            "name": "kernel",
+            "calls": "calls",
+            "microseconds": "µs together",
+            "share": "% of all that ran",
+        },
+    ),
     "mixed": Table(
         "Mixed trace",
         {"load": "load", "engine": "engine", "output_tok_s": "output tokens/s", **_WAITS, "config": "its own choice"},
@@ -96,6 +106,18 @@ TABLES = {
             "without_tok_s": "tokens/s without",
             "with_tok_s": "with",
             "times_faster": "times faster",
+        },
+    ),
+    "quantized": Table(
+        "Decodes with quantised weights or KV cache",
+        {
+            "weights": "weights",
+            "kv": "KV cache",
+            "batch": "batch",
+            "context": "context",
+            "tok_s": "tokens/s",
+            "step_ms": "step, ms",
+            "times_faster": "times bfloat16",
         },
     ),
     "cold": Table(
@@ -130,6 +152,18 @@ TABLES = {
     "attention": Table(
         "Attention, one layer",
         {"phase": "phase", "shape": "shape", "kv": "KV cache", "backend": "backend", **_TOLD, "failure": "failure"},
+    ),
+    "sampler": Table(
+        "Sampler, logits of 128,256 tokens",
+        {
+            "sampling": "sampling",
+            "rows": "rows",
+            "error": "share of rows with another token than on CPU",
+            "microseconds": "µs",
+            "ceiling": "% of the ceiling",
+            "times_faster": "times plain torch",
+            "failure": "failure",
+        },
     ),
     "images": Table(
         "Denoise steps",

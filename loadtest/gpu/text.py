@@ -9,7 +9,6 @@ every eighth time; both sides of the comparison carry it.
 from __future__ import annotations
 
 import gc
-import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from loadtest.gpu.bench import Bench
 from loadtest.gpu.driver import Driver
 from loadtest.gpu.limits import DeviceLimits, limits_of
-from loadtest.gpu.occupancy import occupancy, watch
+from loadtest.gpu.occupancy import Span, busiest, occupancy, watch
 from loadtest.gpu.shapes import TextShape
 from loadtest.gpu.trace import LOADS, TINY_LOADS, mixed_trace, play, summary
 from serve.options import ModelOptions, SpeculativeOptions
@@ -29,6 +28,8 @@ CONTEXT = 1024
 PREFILLS = ((1, 1024), (8, 1024), (1, 8192))
 """Prompts that come together, and tokens of each."""
 IDLE_BATCHES = (1, 64)
+_PROFILED = 20
+"""Steps."""
 PREFIX = (64, 2048, 64)
 """Prompts, tokens they share, tokens of their own."""
 SPECULATION = (1, 8, 64)
@@ -70,22 +71,18 @@ class _Measured:
         self._shape = shape
         self._limits = limits
         self._folder = folder
-        self._chance = random.Random(0)
         self._is_tiny = bench.is_rehearsal
 
     def driver(self, speculation: SpeculativeOptions | None = None) -> Driver:
         return Driver(text_options(self._folder, self._bench, speculation))
 
-    def prompts(self, number: int, length: int) -> list[list[int]]:
-        return [[self._chance.randrange(3, self._shape.vocab_size) for _ in range(length)] for _ in range(number)]
-
     def decode(self, driver: Driver) -> None:
         batches, context, num_steps = ((1, 3), 40, 8) if self._is_tiny else (BATCHES, CONTEXT, 48)
-        driver.decodes(self.prompts(1, 16), 8)  # warm
+        driver.decodes(driver.prompts(1, 16), 8)  # warm
         for batch in batches:
             if not self._bench.has_time(f"decode of {batch}", 0 if self._is_tiny else 2 + batch / 16):
                 continue
-            found = driver.decodes(self.prompts(batch, context), num_steps)
+            found = driver.decodes(driver.prompts(batch, context), num_steps)
             num_bytes, flop = self._shape.decode_bytes(found.positions), self._shape.decode_flop(batch, found.positions)
             floor_s = self._limits.floor_s(num_bytes, flop)
             self._bench.row(
@@ -104,7 +101,7 @@ class _Measured:
         for number, length in ((1, 32), (3, 32)) if self._is_tiny else PREFILLS:
             if not self._bench.has_time(f"prefill of {number} x {length}", 0 if self._is_tiny else 4):
                 continue
-            times = [driver.prefill_s(self.prompts(number, length)) for _ in range(4)][1:]
+            times = [driver.prefill_s(driver.prompts(number, length)) for _ in range(4)][1:]
             took = statistics.median(times)
             flop = number * self._shape.prefill_flop(length)
             self._bench.row(
@@ -126,12 +123,13 @@ class _Measured:
         for batch in IDLE_BATCHES:
             if not self._bench.has_time(f"idle share at {batch}", 5 + batch / 16):
                 continue
-            prompts = self.prompts(batch, CONTEXT)
+            prompts = driver.prompts(batch, CONTEXT)
             streams = [driver.submit(prompt, 64 + batch // 4) for prompt in prompts]
             while any(stream.job.num_output < 8 for stream in streams):
                 driver.engine.step()
-            found = occupancy(watch(driver.engine.step, 20)[0], 20)
+            spans = watch(driver.engine.step, _PROFILED)
             driver.run()
+            found = occupancy(spans, _PROFILED)
             decodes = [row for row in self._bench.outcome.of_kind("decode") if row["batch"] == batch]
             self._bench.row(
                 "idle",
@@ -143,6 +141,16 @@ class _Measured:
                 not_busy=found.not_busy,
                 kernels=found.kernels,
             )
+            self._profile(f"decode of {batch}", spans, _PROFILED)
+        if self._bench.has_time("profile of a prefill", 5):
+            driver.submit(driver.prompts(1, 8192)[0], 1)
+            spans = watch(driver.engine.step, 2)  # the step, and what settles it
+            driver.run()
+            self._profile("prefill of 8192", spans, 1)
+
+    def _profile(self, step: str, spans: list[Span], num_steps: int) -> None:
+        for name, calls, seconds, share in busiest(spans, num_steps):
+            self._bench.row("profile", step=step, name=name[:100], calls=calls, microseconds=1e6 * seconds, share=share)
 
     def mixed(self, driver: Driver) -> None:
         for name, number, rate in TINY_LOADS if self._is_tiny else LOADS:
@@ -155,10 +163,10 @@ class _Measured:
         number, shared, own = (3, 64, 8) if self._is_tiny else PREFIX
         if not self._bench.has_time("prefix cache", 0 if self._is_tiny else 12):
             return
-        (prefix,) = self.prompts(1, shared)
+        (prefix,) = driver.prompts(1, shared)
         driver.prefill_s([prefix])
-        apart = driver.prefill_s(self.prompts(number, shared + own))
-        together = driver.prefill_s([prefix + tail for tail in self.prompts(number, own)])
+        apart = driver.prefill_s(driver.prompts(number, shared + own))
+        together = driver.prefill_s([prefix + tail for tail in driver.prompts(number, own)])
         self._bench.row(
             "prefix",
             prompts=number,
@@ -187,7 +195,7 @@ class _Measured:
                             logit_bias=bias,
                             may_speculate=may_speculate,
                         )
-                        for prompt in self.prompts(batch, 32)
+                        for prompt in driver.prompts(batch, 32)
                     ]
                     ends = driver.run()
                     rates[may_speculate] = batch * (num_output - 1) / (ends[-1].at_s - ends[0].at_s)

@@ -95,6 +95,6 @@ def percentile(values: list[float], p: int) -> float:
     return ranked[min(len(ranked) - 1, len(ranked) * p // 100)] if ranked else 0.0
 
 
-LOADS: tuple[tuple[str, int, float | None], ...] = (("all at once", 256, None), ("8 requests/s", 80, 8.0))
+LOADS: tuple[tuple[str, int, float | None], ...] = (("all at once", 128, None), ("5 requests/s", 50, 5.0))
 """Name, number of requests, requests a second. The first asks for throughput, the second for waiting times."""
 TINY_LOADS: tuple[tuple[str, int, float | None], ...] = (("all at once", 6, None), ("50 requests/s", 4, 50.0))

@@ -9,7 +9,7 @@ from loadtest.gpu.attention import Case, _decode
 from loadtest.gpu.driver import StepEnd, decodes_in
 from loadtest.gpu.flux import DEV
 from loadtest.gpu.limits import DeviceLimits
-from loadtest.gpu.occupancy import Span, occupancy
+from loadtest.gpu.occupancy import Span, busiest, occupancy
 from loadtest.gpu.shapes import LLAMA_8B, TINY, TextShape
 from loadtest.gpu.trace import Answer, Ask, mixed_trace, percentile, summary
 
@@ -104,6 +104,11 @@ def test_idle_is_what_no_kernel_covers_in_gaps_above_ten_microseconds():
     assert found.span_s == pytest.approx(100 * us) and found.busy_s == pytest.approx(84 * us)
     assert found.idle_between == pytest.approx(30 / 200) and found.not_busy == pytest.approx(32 / 200)
     assert (found.kernels, found.copies_in, found.copies_out) == (1.5, 0.5, 0.0)
+
+
+def test_the_longest_parts_of_a_step_come_first():
+    spans = [Span("a", 0.0, 1.0), Span("b", 1.0, 4.0), Span("a", 4.0, 5.0), Span("c", 5.0, 6.0)]
+    assert busiest(spans, 2, most=2) == [("b", 0.5, 1.5, 0.5), ("a", 1.0, 1.0, pytest.approx(1 / 3))]
 
 
 def test_a_trace_is_the_same_every_time_and_comes_at_its_rate():

@@ -13,6 +13,7 @@ from loadtest.gpu.bench import Outcome
 from loadtest.gpu.page import BEGIN, END, RESULTS, NothingToShow, page, read_kept, table, with_table, write_page
 from loadtest.gpu.tables import TABLES, tables_of
 from loadtest.gpu.targets import judge
+from models.attention import measured
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -47,6 +48,16 @@ MEASURED = [
 ]
 
 
+def attention(backend: str, error: float | None) -> dict[str, Any]:
+    return {
+        "kind": "attention", "phase": "decode", "shape": "8 x 1024", "kv": "auto", "backend": backend, "sequences": 8,
+        "num_new": 1, "context": 1024, "error": error, "microseconds": 30.0, "ceiling": 0.8,
+    }  # fmt: skip
+
+
+KERNELS = outcome("kernels", [attention("triton", 1e-3), attention("sdpa", 1e-3), attention("varlen", 0.5)])
+
+
 def verdicts(outcomes: list[Outcome]) -> dict[str, str]:
     return {target.sentence: target.verdict for target in judge(outcomes)}
 
@@ -78,8 +89,9 @@ def test_an_empty_folder_makes_no_page(tmp_path):
         write_page(tmp_path / "nothing", results=tmp_path)
 
 
-def test_a_folder_of_parts_makes_page_data_and_table(tmp_path):
-    for part in MEASURED:
+def test_a_folder_of_parts_makes_page_data_and_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "measured.json")
+    for part in (*MEASURED, KERNELS):
         part.write(tmp_path / "out")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -90,7 +102,9 @@ def test_a_folder_of_parts_makes_page_data_and_table(tmp_path):
     for told in ("torch 2.11.0", "python -m loadtest.gpu all --out out", "2030-01-02", "not completed (cut)"):
         assert told in made
     kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert kept == [dataclasses.asdict(part) for part in MEASURED]
+    assert kept == [dataclasses.asdict(part) for part in (*MEASURED, KERNELS)]
+    (row,) = measured.read()  # neither the reference nor what was wrong is to choose from
+    assert (row.backend, row.device, row.context, row.microseconds) == ("triton", "NVIDIA H200", 1024, 30.0)
     write_page(None, results=tmp_path, readme=readme)
     assert (tmp_path / "gpu.md").read_text() == made and readme.read_text() == text
 
