@@ -1,10 +1,10 @@
-"""Forwards for diffusers' transformer blocks with the adaptive norms and gates of each as kernels. Imports Triton.
+"""Forwards for diffusers' transformer blocks in which kernels do what is between matrix products. Imports Triton.
 
-The modules stay diffusers' own, with their weights, attention processors and shards; what changes is only what happens
-between their matrix products. A norm with its scale and shift, four launches, becomes one; a gated sum with the norm
-behind it, six, becomes one too. Where there are no kernels a block's forward is diffusers' own, the reference.
+The modules stay diffusers' own, with their weights and shards. A norm with its scale and shift, four launches, becomes
+one; a gated sum with the norm behind it, six, becomes one too; and so do norm, rotation and concatenation of queries or
+keys, ten. Where there are no kernels a block's forward is diffusers' own, the reference.
 
-Legend: R rows, T image tokens, S text tokens, D features.
+Legend: R rows, T image tokens, S text tokens, D features, N heads, H head dimension.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, RMSNorm, SD35AdaLayerNormZeroX
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.kernels.modulate import gate_add, gate_add_modulate, modulate
+from models.kernels.norm_rotate import norm_rotate_into
 from models.kernels.rms_norm import rms_norm
 
 
@@ -29,6 +36,8 @@ def fuse_blocks(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if type(module) in _FORWARDS and not _has_more(module):
             module.forward = MethodType(_FORWARDS[type(module)], module)
+        if isinstance(module, FluxAttention) and isinstance(module.processor, FluxAttnProcessor):
+            module.set_processor(_FluxAttention())  # type: ignore[arg-type]  # any callable will do
     if isinstance(transformer, DiTTransformer2DModel):
         _project_times_once(transformer)
 
@@ -143,6 +152,43 @@ def _flux_single(
     x_RTD = gate_add(x_RTD, gate, self.proj_out(torch.cat([y_RTD, inner_RTE], dim=2)))
     x_RTD = _within_float16(x_RTD)
     return x_RTD[:, :num_text], x_RTD[:, num_text:]
+
+
+class _FluxAttention:
+    """A processor: of text and image together, the text's tokens first."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        cos, sin = image_rotary_emb
+        parts = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+            parts.insert(0, (encoder_hidden_states, *added))
+        query, key, value = (
+            hidden_states.new_empty(len(hidden_states), len(cos), attn.heads, attn.head_dim) for _ in range(3)
+        )
+        start = 0
+        for x_RTD, to_query, to_key, to_value, query_norm, key_norm in parts:
+            own = slice(start, start + x_RTD.shape[1])
+            for out, project, norm in ((query, to_query, query_norm), (key, to_key, key_norm)):
+                x_RTNH = project(x_RTD).unflatten(-1, (attn.heads, attn.head_dim))
+                norm_rotate_into(out[:, own], x_RTNH, norm.weight, norm.eps, cos[own], sin[own])
+            value[:, own] = to_value(x_RTD).unflatten(-1, (attn.heads, attn.head_dim))
+            start = own.stop
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        mixed_RNTH = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        mixed_RTD = mixed_RNTH.transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return mixed_RTD
+        num_text = encoder_hidden_states.shape[1]
+        # The second of to_out is the dropout of training.
+        return attn.to_out[0](mixed_RTD[:, num_text:]), attn.to_add_out(mixed_RTD[:, :num_text])
 
 
 def _feed_forward(

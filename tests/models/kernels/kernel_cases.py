@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from models.kernels import modulate, rms_norm, silu_mul
+from models.kernels import modulate, norm_rotate, rms_norm, silu_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = {torch.bfloat16: 8 if DEVICE.type == "cuda" else 7, torch.float16: 11, torch.float32: 24}
@@ -111,9 +111,32 @@ def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tup
     return modulate.modulate_reference(x, shift, scale, 1e-6), slack
 
 
+def norm_rotate_cases() -> float:
+    worst = 0.0
+    shapes = [(1, 1, 1, 16), (2, 3, 5, 24), (1, 2, 24, 128), (3, 5, 2, 64)]
+    for (rows, tokens, heads, width), dtype in itertools.product(shapes, DTYPES):
+        qkv = draw(rows, tokens, 3 * heads, width, dtype=dtype)
+        weight = draw(width, dtype=dtype)
+        angles = draw(tokens, width // 2, dtype=torch.float32).repeat_interleave(2, -1)
+        # Between text before and other tokens behind, which must stay as they are.
+        joint = torch.full((rows, tokens + 3, heads, width), float("nan"), dtype=dtype, device=DEVICE)
+        for x in (qkv[:, :, heads : 2 * heads], qkv[:, :, :heads]):
+            norm_rotate.norm_rotate_into(joint[:, 2:-1], x, weight, 1e-6, angles.cos(), angles.sin())
+        wide, (cos, sin) = (qkv[:, :, :heads].double(), weight.double()), (angles.cos().double(), angles.sin().double())
+        exact = norm_rotate.norm_rotate_reference(*wide, 1e-6, cos, sin)
+        sizes = norm_rotate.norm_rotate_reference(
+            wide[0], wide[1], 1e-6, torch.ones_like(cos), torch.zeros_like(sin)
+        ).abs()
+        pairs = sizes.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        slack = 2.0**-18 * (sizes * cos.abs()[:, None] + pairs * sin.abs()[:, None])
+        worst = max(worst, check("norm_rotate", joint[:, 2:-1], exact, slack))
+        assert joint[:, :2].isnan().all() and joint[:, -1:].isnan().all()
+    return worst
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # Memory that nobody has written is NaN.
     torch.use_deterministic_algorithms(True)
-    for cases in (rms_norm_cases, silu_mul_cases, modulate_cases):
+    for cases in (rms_norm_cases, silu_mul_cases, modulate_cases, norm_rotate_cases):
         print(f"within bounds: {cases.__name__}, at most {cases():.3f} of them", flush=True)

@@ -33,7 +33,7 @@ def run(script: str) -> str:
 
 
 def test_kernels_stay_within_their_stated_errors_by_the_interpreter() -> None:
-    assert run("kernel_cases.py").count("within bounds") == 3
+    assert run("kernel_cases.py").count("within bounds") == 4
 
 
 def test_a_decoder_with_kernels_equals_transformers_and_adds_and_gates_in_three_of_them() -> None:
@@ -84,4 +84,15 @@ def test_modulate_compiles_for_hopper(width: int, adds: bool) -> None:
     arguments = {name: arguments.get(name, "fp32") for name in _modulate.arg_names}
     arguments |= {"width": width, "lanes": lanes, "adds": adds, "norms": True}
     usage = compile_for_sm90(_modulate, arguments, num_warps=lanes // 512)
+    assert usage.spills == 0 and usage.registers <= 64, usage
+
+
+def test_norm_rotate_compiles_for_hopper() -> None:
+    """At FLUX.1's heads."""
+    from models.kernels.norm_rotate import _norm_rotate
+
+    arguments: dict[str, Any] = dict.fromkeys(_norm_rotate.arg_names, "i32")
+    arguments |= dict.fromkeys(("x_ptr", "out_ptr", "weight_ptr"), "*bf16") | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    arguments |= {"eps": "fp32", "num_heads": 24, "head_dim": 128, "heads": 8, "lanes": 128}
+    usage = compile_for_sm90(_norm_rotate, arguments, num_warps=2)
     assert usage.spills == 0 and usage.registers <= 64, usage
