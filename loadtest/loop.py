@@ -42,6 +42,11 @@ MAX_TOKENS = (NUM_ROUNDS + 2) * NUM_STEPS
 class WholeBatch:
     jobs: list[Job]
     num_tokens: int
+    stage: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.jobs)
 
 
 class LeastScheduler:
