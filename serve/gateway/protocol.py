@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
@@ -53,7 +53,9 @@ class Limits:
     options: GatewayOptions
     refused_connection: Callable[[], None]
     is_leaving: bool = False
-    """Every connection ends after its next answer."""
+    """Every connection ends with its next answer that says so."""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever a connection has ended."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -79,6 +81,18 @@ class LimitedProtocol(HttpToolsProtocol):
         """Whether a request is being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    def leave(self, idle_s: float) -> None:
+        """End with the next answer that says so, or when nothing has come for `idle_s`.
+
+        An answer that has begun without saying so leaves the connection open: its client sends the next request as soon
+        as it has the last byte, and if that met a close it would read a reset."""
+        self.timeout_keep_alive = idle_s
+        if not self.is_busy:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(idle_s, self.timeout_keep_alive_handler)
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
     # Connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -96,6 +110,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_writing()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self._limits.gone.set()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():

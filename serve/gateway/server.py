@@ -7,6 +7,7 @@ With several gateways on one machine they share the port (SO_REUSEPORT).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from serve.gateway.protocol import LimitedProtocol, Limits
 from serve.options import GatewayOptions
 
 LEAVING_S = 5.0
-"""For one more request on connections that are open when the port is left to others."""
+"""How long a connection may idle when the port is left to others: its next answer asks the client to connect anew."""
 LAST_WORDS_S = 2.0
 """For error events to reach clients after a drain ran out."""
 
@@ -89,12 +90,14 @@ class GatewayServer:
             self._acceptor.close()
         self._limits.is_leaving = True
         for connection in list(self._state.connections):
-            if isinstance(connection, LimitedProtocol) and connection.is_busy:
-                connection.shutdown()  # after its answer; who is idle may be sending the next request just now
-        await asyncio.sleep(min(LEAVING_S, timeout_s))
-        for connection in list(self._state.connections):
-            connection.shutdown()
-        await self.drain(timeout_s)
+            if isinstance(connection, LimitedProtocol):
+                connection.leave(LEAVING_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._state.connections:
+                    self._limits.gone.clear()
+                    await self._limits.gone.wait()
+        await self.drain(0.0)
 
     async def aclose(self) -> None:
         """Close the socket and every connection; what still runs ends with an error."""

@@ -447,3 +447,40 @@ def test_a_gateway_that_leaves_its_port_to_another_refuses_nobody(monkeypatch):
             await second.aclose()
 
     run(scenario)
+
+
+def test_a_client_whose_stream_ran_while_the_gateway_left_is_answered_once_more(monkeypatch):
+    """The stream's head had not said that the connection ends, so its client goes on with it."""
+    monkeypatch.setattr("serve.gateway.server.LEAVING_S", 0.3)
+
+    async def scenario():
+        class OneStep(asyncio.Event):
+            """One may pass before it is set."""
+
+            has_passed = False
+
+            async def wait(self) -> bool:
+                if self.has_passed:
+                    return await super().wait()
+                self.has_passed = True
+                return True
+
+        backend = FakeBackend(gate=OneStep())
+        async with fake_gateway(backend) as gateway:
+            server = GatewayServer(gateway.app, GatewayOptions(port=0), gateway.drain, shares_port=True)
+            _, port = await server.start()
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            async with httpx.AsyncClient(timeout=10) as client:
+                async with client.stream("POST", url, json=CHAT | {"stream": True}) as response:
+                    assert response.status_code == 200 and response.headers.get("connection") != "close"
+                    leaving = asyncio.create_task(server.hand_over(10))
+                    await asyncio.sleep(0)
+                    backend.gate.set()
+                    lines = [line async for line in response.aiter_lines()]
+                assert lines[-2:] == ["data: [DONE]", ""]
+                again = await client.post(url, json=CHAT)  # there is nobody else to connect to
+                assert again.status_code == 200 and again.headers["connection"] == "close"
+                await leaving
+            await server.aclose()
+
+    run(scenario)
