@@ -6,6 +6,7 @@ of a machine would. They share the machine's cores and its network, so what the 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -15,6 +16,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from loadtest.observer import Observer
 
 ROOT = Path(__file__).resolve().parent.parent
 APPLICATION = "tandem"
@@ -103,6 +106,18 @@ class LocalCluster:
         lines = httpx.get(f"{self.url}/metrics", timeout=10.0).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
 
+    def observer(self) -> Observer:
+        """Of the application that is deployed now, and of what replaces it."""
+        from ray import serve as ray_serve
+
+        from serve.deployments.secret import cluster_secret
+
+        async def hub_address() -> str:
+            handle = ray_serve.get_deployment_handle("hub", APPLICATION)
+            return str(await asyncio.to_thread(lambda: handle.address.remote().result(timeout_s=10.0)))
+
+        return Observer(hub_address, cluster_secret())
+
     def add_node(self, *, num_cpus: int) -> Any:
         return self._cluster.add_node(num_cpus=num_cpus)
 
@@ -116,8 +131,7 @@ class LocalCluster:
         return [each for each in parent.children(recursive=True) if title in _command(each)]
 
     def close(self) -> None:
-        """End everything, also what does not want to. Serve is not asked: for a minute or two after the loss of a node
-        its controller may answer nobody."""
+        """End everything, also what does not want to. Serve is not asked: it may have just lost what it runs on."""
         import ray
 
         children = psutil.Process().children(recursive=True)

@@ -17,17 +17,24 @@ import httpx
 
 TIMEOUT_S = 240.0
 """Of one answer: a client of a drill waits longer than anything may take."""
+TICK_S = 0.05
 
 
 @dataclass(slots=True)
 class Seen:
     """What a client saw of its answer."""
 
+    asked: float = 0.0
+    """When, and below, when its pieces came; of the monotonic clock."""
     text: str = ""
     times: list[float] = field(default_factory=list)
-    """When its pieces came, of the monotonic clock."""
     is_complete: bool = False
     error: str = ""
+
+    @property
+    def took_s(self) -> float:
+        """From asking to the last piece."""
+        return self.times[-1] - self.asked if self.times else 0.0
 
     def pause_after(self, moment: float) -> float:
         """The longest time between two pieces of which the second came after that moment."""
@@ -44,6 +51,8 @@ class Crowd:
         self._probe = probe
         self.seen = [Seen() for _ in bodies]
         self.probes: list[Seen] = []
+        self.lag_s = 0.0
+        """The longest that the clients themselves were held up: a busy machine's pauses are not the server's."""
         self._is_over = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
@@ -70,9 +79,17 @@ class Crowd:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
             probing = asyncio.create_task(self._keep_probing(client, self._probe)) if self._probe is not None else None
+            lagging = asyncio.create_task(self._watch_lag())
             await asyncio.gather(*(self._read(client, body, seen) for body, seen in zip(self._bodies, self.seen)))
             if probing is not None:
                 await probing
+            lagging.cancel()
+
+    async def _watch_lag(self) -> None:
+        while True:
+            due = time.monotonic() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self.lag_s = max(self.lag_s, time.monotonic() - due)
 
     async def _keep_probing(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         while not self._is_over:
@@ -80,6 +97,7 @@ class Crowd:
             await self._read(client, body, seen)
 
     async def _read(self, client: httpx.AsyncClient, body: dict[str, Any], seen: Seen) -> None:
+        seen.asked = time.monotonic()
         try:
             async with client.stream("POST", self._url, json=body | {"stream": True}) as response:
                 if response.status_code != 200:

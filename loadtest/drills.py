@@ -3,8 +3,9 @@
     python -m loadtest.drills [FAULT ...]
 
 On a Ray cluster of three nodes on this machine, with two replicas of `tandem-text` (or `--model`). For every fault:
-what the clients saw, the longest pause of a stream, how long until the system was whole again, what was lost, and
-whether a KV block, a job or a process stayed behind. New requests come all the while, one after the other.
+what the clients saw, when the system knew, the longest pause of a stream, how long until the system was whole again,
+what was lost, and whether a KV block, a job or a process stayed behind. New requests come all the while, one after the
+other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import psutil
 
 from loadtest.cluster import LocalCluster, eventually, is_gone
 from loadtest.crowd import Crowd, Seen
+from loadtest.observer import Observer
 
 NUM_CLIENTS = 20
 NAME = "drilled"
@@ -30,7 +32,8 @@ PROMPTS = ("Tell me a story about a cat.", "What is 27 + 58?", "the red fox", "a
 RANK_PATIENCE_S = 10.0
 """`step_timeout_s` of a model on two ranks: how long a rank may hang."""
 HEAD_CPUS, NODE_CPUS = 3, 5
-"""Whole, as Ray wants it. A rank takes two, the gateway a quarter: two ranks a node, and one beside the gateway."""
+"""Whole, as Ray wants it. A rank takes two, the gateway a quarter: two ranks a node, and one beside the gateway. When a
+node is lost, two replicas of one rank fit the others, and two of two ranks do not."""
 
 
 @dataclass(slots=True)
@@ -44,17 +47,20 @@ class Outcome:
     """What the others saw."""
     num_probes: int
     probe_errors: list[str]
+    known_s: float | None
+    """From the fault until the system knew: the channel to every replica that it cost had ended; where it cost none but
+    a gateway, that one's jobs were free. None where nothing is lost, or nobody has to know."""
     pause_s: float
     """The longest that any client waited for a piece, from the fault on."""
+    probe_s: float
+    """The longest that a new request took."""
     whole_s: float
     """From the fault until everything that should run does."""
     num_moves: float
     """Streams that went on at another replica; the gateway's own count."""
     left_behind: list[str]
-
-    @property
-    def num_lost(self) -> int:
-        return len(self.errors) + len(self.probe_errors)
+    lag_s: float
+    """The longest that the clients themselves were held up."""
 
 
 @dataclass(slots=True)
@@ -62,6 +68,7 @@ class Site:
     """The cluster, what runs there now, and what it should answer."""
 
     cluster: LocalCluster
+    observer: Observer
     model: dict[str, Any]
     num_tokens: int
     num_replicas: int = 2
@@ -90,6 +97,9 @@ class Site:
     def drivers(self, node: Any = None) -> list[psutil.Process]:
         return self.cluster.processes(f"ServeReplica:tandem:model-{NAME}", node)
 
+    def ranks(self, node: Any) -> list[psutil.Process]:
+        return self.drivers(node) + self.cluster.processes("PeerActor", node)
+
     @property
     def num_ranks(self) -> int:
         return int(self.model.get("tensor_parallel_size", 1))
@@ -98,7 +108,14 @@ class Site:
         """Every replica and rank runs and is registered, and no other does."""
         num_peers = len(self.cluster.processes("PeerActor"))
         is_complete = len(self.drivers()) == self.num_replicas and num_peers == self.num_replicas * (self.num_ranks - 1)
-        return is_complete and self.cluster.is_ready() and self.cluster.metric("tandem_replicas") == self.num_replicas
+        is_known = is_complete and self.observer.num_connected == self.num_replicas
+        return is_known and self.cluster.is_ready() and self.cluster.metric("tandem_replicas") == self.num_replicas
+
+    def known_s(self, fault: Fault, moment: float) -> float | None:
+        """See `Outcome`."""
+        if fault in COSTS_REPLICAS:
+            return self.observer.lost_s(moment)
+        return self.observer.freed_s(moment) if fault is kill_gateway else None
 
     def left_behind(self) -> list[str]:
         """Jobs, blocks and processes that should be gone."""
@@ -144,19 +161,19 @@ def kill_controller(site: Site) -> None:
 
 
 def kill_node(site: Site) -> None:
-    """SIGKILL for the raylet of a node that holds replicas and not the gateway."""
+    """SIGKILL for the raylet of a node that holds ranks of the model and not the gateway."""
     node = next(
         node
         for node in site.nodes
-        if site.drivers(node) and not site.cluster.processes("ServeReplica:tandem:gateway", node)
+        if site.ranks(node) and not site.cluster.processes("ServeReplica:tandem:gateway", node)
     )
-    site.victims = site.cluster.processes("ServeReplica", node)
+    site.victims = site.cluster.processes("ServeReplica", node) + site.cluster.processes("PeerActor", node)
     site.nodes.remove(node)
     site.cluster.kill_node(node)
 
 
 def add_node(site: Site) -> None:
-    """A new node takes the place of one that was lost."""
+    """A new node, as after one was lost."""
     site.nodes.append(site.cluster.add_node(num_cpus=NODE_CPUS))
 
 
@@ -203,9 +220,8 @@ def altered(folder: Path, target: Path) -> Path:
     return target
 
 
-def run(site: Site, fault: Fault, *, settles: bool = True) -> Outcome:
-    """Clients read, the fault happens, and everything settles; `settles` off: nobody waits until the system is whole
-    again."""
+def run(site: Site, fault: Fault) -> Outcome:
+    """Clients read, the fault happens, and everything settles."""
     before = site.cluster.metric("tandem_failovers_total")
     site.victims = []
     expected = site.expected
@@ -214,8 +230,9 @@ def run(site: Site, fault: Fault, *, settles: bool = True) -> Outcome:
     crowd.wait_until_read(5)
     moment = time.monotonic()
     fault(site)
-    if settles:
-        eventually(site.is_whole, "the system is whole again")
+    if fault in COSTS_REPLICAS:
+        eventually(lambda: site.observer.lost_s(moment), "the loss is known")
+    eventually(site.is_whole, "the system is whole again")
     whole_s = time.monotonic() - moment
     seen = crowd.finish()
     eventually(lambda: not site.left_behind(), f"nothing is left behind, but {site.left_behind()}", 60.0)
@@ -226,10 +243,13 @@ def run(site: Site, fault: Fault, *, settles: bool = True) -> Outcome:
         + ["another answer" for e, text in zip(seen, expected) if e.is_complete and e.text != text],
         num_probes=len(crowd.probes),
         probe_errors=_errors(crowd.probes),
+        known_s=site.known_s(fault, moment),
         pause_s=max(each.pause_after(moment) for each in seen),
+        probe_s=max(each.took_s for each in crowd.probes),
         whole_s=whole_s,
         num_moves=max(0.0, site.cluster.metric("tandem_failovers_total") - before),
         left_behind=site.left_behind(),
+        lag_s=crowd.lag_s,
     )
 
 
@@ -248,30 +268,31 @@ def started(model: dict[str, Any], num_tokens: int) -> Iterator[Site]:
     """Three nodes and two replicas, one of them on a node that can be killed: the first node is full."""
     cluster = LocalCluster(num_cpus=HEAD_CPUS)
     try:
-        site = Site(cluster, {**model, "served_model_name": [NAME], "num_cpus": 2.0}, num_tokens, num_replicas=1)
-        site.deploy()
+        named = {**model, "served_model_name": [NAME], "num_cpus": 2.0}
+        cluster.deploy(named, num_replicas=1, drain_timeout_s=1.0)
+        site = Site(cluster, cluster.observer(), named, num_tokens)
         for _ in range(2):
             add_node(site)
-        site.num_replicas = 2
         site.deploy()
         site.learn()
         yield site
+        site.observer.close()
     finally:
         cluster.close()
 
 
 FAULTS: dict[str, Fault] = {
-    fault.__name__: fault for fault in (kill_replica, kill_controller, scale_up, scale_down, kill_gateway, redeploy)
+    fault.__name__: fault
+    for fault in (kill_replica, kill_controller, scale_up, scale_down, kill_gateway, redeploy, kill_node)
 }
 RANK_FAULTS: dict[str, Fault] = {fault.__name__: fault for fault in (kill_rank, hang_rank)}
 
-LAST = "kill_node"
-"""Serve's controller may stand still for a minute or two after it."""
+COSTS_REPLICAS = {kill_replica, kill_rank, hang_rank, kill_node}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*FAULTS, "update", *RANK_FAULTS, LAST]
+    known = [*FAULTS, "update", *RANK_FAULTS]
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--model", default="tandem-text", help="a folder or an embedded model")
     parser.add_argument("--num-tokens", type=int, default=400, metavar="N", help="of every stream (default 400)")
@@ -297,6 +318,8 @@ def main() -> None:
         for name, fault in FAULTS.items():
             if name in wanted:
                 drill(fault)
+        if "kill_node" in wanted:
+            add_node(site)
         if "update" in wanted or set(wanted) & set(RANK_FAULTS):
             with updated(site, tensor_parallel_size=2, step_timeout_s=RANK_PATIENCE_S) as update:
                 drill(update)
@@ -304,15 +327,11 @@ def main() -> None:
                 for name, fault in RANK_FAULTS.items():
                     if name in wanted:
                         drill(fault)
-                if LAST in wanted:
-                    drill(kill_node)
-        elif LAST in wanted:
-            drill(kill_node)
 
 
 HEAD = (
-    "| fault | read on | errors | new requests, failed | moved | longest pause | whole again | left behind |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| fault | read on | lost: streams, new of all | moved | known after | longest pause | longest new request | "
+    "whole again | left behind |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -320,11 +339,13 @@ def row(outcome: Outcome) -> str:
     """Of the table; what was not as it should be below it."""
     told = sorted(set(outcome.errors + outcome.probe_errors))
     line = (
-        f"| {outcome.fault} | {outcome.num_same} of {NUM_CLIENTS} | {len(outcome.errors)} | "
-        f"{outcome.num_probes}, {len(outcome.probe_errors)} | {outcome.num_moves:g} | {outcome.pause_s:.2f} s | "
-        f"{outcome.whole_s:.1f} s | {', '.join(outcome.left_behind) or 'nothing'} |"
+        f"| {outcome.fault} | {outcome.num_same} of {NUM_CLIENTS} | {len(outcome.errors)}, "
+        f"{len(outcome.probe_errors)} of {outcome.num_probes} | {outcome.num_moves:g} | "
+        f"{'' if outcome.known_s is None else f'{outcome.known_s:.2f} s'} | {outcome.pause_s:.2f} s | "
+        f"{outcome.probe_s:.2f} s | {outcome.whole_s:.1f} s | {', '.join(outcome.left_behind) or 'nothing'} |"
     )
-    return "\n".join([line, *(f"    {error[:200]}" for error in told)])
+    lag = [f"    the clients themselves were held up for {outcome.lag_s:.1f} s"] if outcome.lag_s > 0.5 else []
+    return "\n".join([line, *lag, *(f"    {error[:200]}" for error in told)])
 
 
 if __name__ == "__main__":

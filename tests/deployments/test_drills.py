@@ -48,6 +48,12 @@ def test_every_process_is_replaced_and_streams_go_on_at_the_new_ones(site):
     assert nobody_noticed(drills.run(site, drills.redeploy))
 
 
+def test_killed_node_costs_a_pause_and_its_replica_comes_up_elsewhere(site):
+    outcome = drills.run(site, drills.kill_node)
+    assert nobody_noticed(outcome) and outcome.known_s is not None
+    drills.add_node(site)
+
+
 def test_other_weights_and_ranks_are_rolled_out_and_ranks_die_and_hang(site):
     """Streams of the old model end on it; then each fault of a rank costs a pause."""
     with drills.updated(site, tensor_parallel_size=2, step_timeout_s=drills.RANK_PATIENCE_S) as update:
@@ -57,8 +63,3 @@ def test_other_weights_and_ranks_are_rolled_out_and_ranks_die_and_hang(site):
         assert site.expected != before
         assert nobody_noticed(drills.run(site, drills.kill_rank))
         assert nobody_noticed(drills.run(site, drills.hang_rank))
-
-
-def test_killed_node_costs_a_pause(site):
-    """Last, and nobody waits for another replica: Serve's controller may stand still for minutes first."""
-    assert nobody_noticed(drills.run(site, drills.kill_node, settles=False))
