@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from loadtest.gpu.attention import choices
 from loadtest.gpu.bench import Outcome
@@ -83,7 +84,7 @@ def page(outcomes: list[Outcome]) -> str:
             "minutes, and `python -m loadtest.gpu page DIR` makes this page and the README's table of it.\n\n"
             "What is aimed at on one H200:\n\n" + _targets(outcomes)
         )
-    about = next((outcome.about for outcome in outcomes if "device" in outcome.about), {})
+    about = _about(outcomes)
     versions = ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items())
     parts = [
         "# On a GPU\n",
@@ -120,7 +121,7 @@ def table(outcomes: list[Outcome]) -> str:
             "machine with a CUDA device; `python -m loadtest.gpu page DIR` then puts a table here and\n"
             "makes `loadtest/results/gpu.md`."
         )
-    about = outcomes[0].about
+    about = _about(outcomes)
     decodes = [row for outcome in outcomes for row in outcome.of_kind("decode")]
     verdicts = [target.verdict for target in judge(outcomes)]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
@@ -129,6 +130,11 @@ def table(outcomes: list[Outcome]) -> str:
         f"(`loadtest/results/gpu.md`; targets: {counts}):"
     )
     return lead + ("\n\n" + markdown(TABLES["decode"], decodes) if decodes else " no decode was measured.")
+
+
+def _about(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Of the first part that came so far as to tell."""
+    return next((outcome.about for outcome in outcomes if "device" in outcome.about), {})
 
 
 def _targets(outcomes: list[Outcome]) -> str:
