@@ -97,7 +97,7 @@ class Staging:
         """The same for values that only the device knows: `send` copies them there, for who reads at this address."""
         if self._queue is None:
             return tensor
-        target = self.put(np.empty(tensor.shape), tensor.dtype)
+        target = self.put(np.empty(tensor.shape, _NUMPY[tensor.dtype]), tensor.dtype)
         self._placed.append((target, tensor))
         return target
 

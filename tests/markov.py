@@ -70,6 +70,7 @@ def markov_engine(
     drafter: Markov | PromptLookup | None = None,
     draft_length: DraftLength | None = None,
     rejects: bool = False,
+    runs_ahead: bool = False,
     depth: int = 0,
     num_blocks: int = NUM_BLOCKS,
     **options: int,
@@ -77,13 +78,17 @@ def markov_engine(
     cache = KVCacheSpec(1, 1, 1, BLOCK, torch.float32, CPU)
     proposer = drafter
     if isinstance(drafter, Markov):
-        proposer = DraftModel(drafter, NoAttention(), cache, num_blocks=num_blocks, max_num_tokens=512, rejects=rejects)
+        proposer = DraftModel(
+            drafter, NoAttention(), cache, num_blocks=num_blocks, max_num_tokens=512, rejects=rejects,
+            runs_ahead=runs_ahead,
+        )  # fmt: skip
     scheduler = TokenScheduler(
         KVCache(num_blocks, BLOCK),
         **{"max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 512} | options,
         eos_token_ids=target.spec.eos_token_ids,
         vocab_size=target.spec.vocab_size,
         draft_length=draft_length,
+        runs_ahead=runs_ahead,
     )
     runner = TokenRunner(target, NoAttention(), cache, num_blocks=num_blocks, proposer=proposer, rejects=rejects)
     return Engine(scheduler, runner, depth=depth)

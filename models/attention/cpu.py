@@ -81,6 +81,7 @@ class CpuAttention:
 
     def plan(self, layout: TokenLayout, staging: Staging) -> _Plan:
         self._decodes.begin_step()
+        layout = layout.exact()
         size, num_runs = self._spec.block_size, 2 * self._spec.num_kv_heads
         slots_T1 = np.array(layout.slots(size))[:, None]
         places_TR = slots_T1 // size * (num_runs * size) + slots_T1 % size + np.arange(num_runs) * size

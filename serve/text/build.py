@@ -155,8 +155,12 @@ def _build(
     draft = _load_draft(options, speculation, model, folder, device, progress=progress)
     threads = settle_threads(options, threads, model.num_parameters)
     budget = options.max_num_batched_tokens or max(_DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs)
-    runner, size = _fit_runner(options, model, speculation, draft, device, budget, num_replicas_here, loading)
     stages = options.pipeline_parallel_size
+    if depth is None:
+        depth = stages - 1 if stages > 1 else int(device.type == "cuda")
+    runner, size = _fit_runner(
+        options, model, speculation, draft, device, budget, num_replicas_here, loading, overlaps=depth > 0
+    )
     scheduler = TokenScheduler(
         KVCache(
             size.num_blocks, options.block_size, options.enable_prefix_caching, digest=PrefixDigest(options.block_size)
@@ -167,10 +171,9 @@ def _build(
         eos_token_ids=model.spec.eos_token_ids,
         vocab_size=model.spec.vocab_size,
         draft_length=None if speculation is None else AdaptiveLength(speculation.num_speculative_tokens),
+        runs_ahead=runner.runs_ahead,
         num_stages=stages,
     )
-    if depth is None:
-        depth = stages - 1 if stages > 1 else int(device.type == "cuda")
     engine: TextEngine = Engine(
         scheduler,
         runner,
@@ -231,10 +234,13 @@ def _fit_runner(
     max_num_tokens: int,
     num_replicas_here: int,
     loading: Loading | None,
+    *,
+    overlaps: bool,
 ) -> tuple[TokenRunner, CacheSize]:
     """A warm runner whose cache takes what the weights and a step of `max_num_tokens` leave. Raises ConfigError.
 
-    A draft model's cache is part of it: both have the same blocks.
+    A draft model's cache is part of it: both have the same blocks. `overlaps`: steps are begun before the one before
+    has ended. Drafts then stay on the device, unless other ranks have to be told of them.
     """
     cache = cache_of(options, model, device)
     extra = None if draft is None else draft_cache(options, draft, device)
@@ -274,7 +280,14 @@ def _fit_runner(
             max_drafts=max_drafts,
             proposer=None
             if speculation is None
-            else make_proposer(speculation, draft, extra, num_blocks=size.num_blocks, max_num_tokens=max_num_tokens),
+            else make_proposer(
+                speculation,
+                draft,
+                extra,
+                num_blocks=size.num_blocks,
+                max_num_tokens=max_num_tokens,
+                overlaps=overlaps and loading is None,
+            ),
             rejects=speculation is not None and speculation.rejection_sample_method == "standard",
             peers=None if loading is None else loading.peers(options),
         )

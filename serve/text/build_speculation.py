@@ -88,16 +88,20 @@ def make_proposer(
     *,
     num_blocks: int,
     max_num_tokens: int,
+    overlaps: bool,
 ) -> Proposer:
+    """`overlaps`: the next step is begun before the host knows what became of the drafts."""
     if draft is None or cache is None:
         return PromptLookup(speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+    rejects = speculation.rejection_sample_method == "standard"
     return DraftModel(
         draft,
         make_attention("auto", cache, draft.spec.num_heads),
         cache,
         num_blocks=num_blocks,
         max_num_tokens=max_num_tokens,
-        rejects=speculation.rejection_sample_method == "standard",
+        rejects=rejects,
+        runs_ahead=overlaps and not rejects,
     )
 
 

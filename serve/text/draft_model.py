@@ -11,24 +11,35 @@ Drafts are drawn from the model's own distribution after everything the request 
 filters): where the target's is shaped, a draft of the unshaped one would often be impossible. With coupled draws they
 take the noise of plain sampling, with rejection sampling a stream of their own (`speculative.py`).
 
-Legend: T new tokens, D hidden size, R rows, V vocabulary.
+When it runs ahead, drafts stay on the device but for rows whose draws need them on the host (grammars, penalties).
+Behind drafts that are still in flight it does not know how many of them it has computed rightly, only that all are but
+perhaps the last, which no draft came from. So it computes the newest token and, once more or for the first time, the
+one before it; both are on the device.
+
+Legend: T new tokens, D hidden size, S rows of the step, R rows that draft, V vocabulary.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.text.gumbel import Stream
-from serve.text.proposer import Proposed
+from serve.text.proposer import Proposed, Tails
 from serve.text.sampler import TokenSampler
-from serve.text.sequence import Row
+from serve.text.sequence import PENDING, Row
 from serve.transfer import to_device
+
+_NEWEST, _BEFORE = 0, 1
+"""Tokens that only the device knows: those of `Tails`."""
 
 
 @dataclass(slots=True)
@@ -39,12 +50,12 @@ class _Cached:
     num_tokens: int
     """Leading tokens that were known when they were computed."""
     drafts: list[int] = field(default_factory=list)
-    """Tokens computed behind them, right or wrong."""
+    """Those of the last row that drafted: all but the last were computed behind these tokens, right or wrong."""
     num_signed: int = 0
     """Leading blocks whose hash is entered."""
-    table: list[int] = field(default_factory=list)
-    """The block table, another list after drafts that did not hold: attention may keep what it gathered of a list whose
-    positions were written once."""
+    table: array[int] = field(default_factory=lambda: array("i"))
+    """The block table, another array after drafts that did not hold: attention may keep what it gathered of a table
+    whose positions were written once."""
 
 
 class DraftModel:
@@ -59,8 +70,11 @@ class DraftModel:
         num_blocks: int,
         max_num_tokens: int,
         rejects: bool = False,
+        runs_ahead: bool = False,
     ):
+        assert not (rejects and runs_ahead), "rejection sampling decides on drafts that the host knows"
         self.model = model
+        self.runs_ahead = runs_ahead
         self._attention = attention
         self._kv_cache = attention.allocate(num_blocks)
         self._staging = Staging(cache.device)
@@ -72,86 +86,155 @@ class DraftModel:
         self._hashes: list[bytes | None] = [None] * num_blocks
         """Of each block: the hash of the tokens computed in it and of all before them. None: not all of them are."""
 
-    def propose(self, rows: Seq[Row], sampler: TokenSampler) -> Proposed:
+    def propose(self, rows: Seq[Row], sampler: TokenSampler, tails: Tails | None) -> Proposed:
         proposed = Proposed()
-        drafting = self._catch_up(rows, proposed)
-        if not drafting:
+        drafting = self._catch_up(rows, proposed, tails)
+        if drafting is None:
             return proposed
         num_drafts = 0
         while True:
-            logits_RV = self.model.logits(drafting.hidden_RD)
-            self._draw(logits_RV, drafting.rows, sampler, proposed)
+            drawn_R = self._draw(drafting, sampler, proposed)
             num_drafts += 1
             kept = [i for i, row in enumerate(drafting.rows) if row.num_drafts > num_drafts]
             if not kept:
                 return proposed
-            drafting = self._advance([drafting.rows[i] for i in kept])
+            drafting = self._advance(drafting, kept, drawn_R)
 
     def release(self, job_id: str) -> None:
         self._cached.pop(job_id, None)
 
     # -- computing -------------------------------------------------------------------------------------------------
 
-    def _catch_up(self, rows: Seq[Row], proposed: Proposed) -> _Drafting | None:
-        """Compute the known tokens of rows that want drafts. Those of whom all are computed now; None when of none."""
+    def _catch_up(self, rows: Seq[Row], proposed: Proposed, tails: Tails | None) -> _Drafting | None:
+        """Compute the newest tokens of rows that want drafts. Those of whom all are computed now; None when of none."""
         left = self._max_num_tokens
-        chunks: list[tuple[Row, int, int]] = []
-        for row in rows:
+        chunks: list[_Chunk] = []
+        for i, row in enumerate(rows):
             end = row.start + len(row.token_ids)
-            if not row.num_drafts or not left or end + row.num_drafts > self.model.spec.max_positions:
+            least = 2 if row.num_in_doubt else 1
+            if not row.num_drafts or left < least or end + row.num_drafts > self.model.spec.max_positions:
                 continue
-            cached = self._find(row)
-            start = cached.num_tokens
-            proposed.is_typical &= end - start <= 2  # the newest token, and the last draft when all were accepted
-            stop = min(end, start + left)
-            left -= stop - start
-            self._note(row, cached, stop)
-            chunks.append((row, start, stop))
+            chunk = self._follow(i, row) if row.num_in_doubt else self._chunk(i, row, left)
+            chunks.append(chunk)
+            left -= len(chunk.token_ids)
+            proposed.is_typical &= (
+                chunk.is_complete and len(chunk.token_ids) <= 2
+            )  # the newest, and the last draft when all held
         if not chunks:
             return None
+        behind_C = None
+        if tails is not None and tails.behind_S is not None:
+            behind_C = tails.behind_S[to_device([chunk.index for chunk in chunks], self._device)]
         hidden_TD = self._forward(
-            [row.job.token_ids[start:stop] for row, start, stop in chunks],
-            [start for _, start, _ in chunks],
-            [row for row, _, _ in chunks],
+            [token_id for chunk in chunks for token_id in chunk.token_ids],
+            [len(chunk.token_ids) for chunk in chunks],
+            [chunk.start for chunk in chunks],
+            [chunk.row for chunk in chunks],
+            behind_C,
+            self._newest(chunks, tails),
         )
-        complete, last, at = [], [], -1
-        for row, start, stop in chunks:
-            at += stop - start
-            if stop == row.start + len(row.token_ids):
-                complete.append(row)
-                last.append(at)
-        return _Drafting(complete, hidden_TD[to_device(last, self._device)]) if complete else None
+        ends = accumulate(len(chunk.token_ids) for chunk in chunks)
+        complete = [(i, end - 1) for i, (chunk, end) in enumerate(zip(chunks, ends)) if chunk.is_complete]
+        if not complete:
+            return None
+        kept, last = to_device(list(zip(*complete)), self._device)
+        for i, _ in complete:
+            self._cached[chunks[i].row.job.id].drafts = chunks[i].drafts
+        return _Drafting(
+            [chunks[i].row for i, _ in complete], hidden_TD[last], None if behind_C is None else behind_C[kept]
+        )
 
-    def _advance(self, rows: list[Row]) -> _Drafting:
-        """Compute the newest draft of every row."""
-        for row in rows:
-            self._cached[row.job.id].drafts.append(row.drafts[-1])
-        ends = [row.start + len(row.token_ids) + len(row.drafts) - 1 for row in rows]
-        return _Drafting(rows, self._forward([row.drafts[-1:] for row in rows], ends, rows))
+    def _chunk(self, index: int, row: Row, most: int) -> _Chunk:
+        """Up to `most` of the row's tokens that are not computed."""
+        cached = self._find(row)
+        start, end = cached.num_tokens, row.start + len(row.token_ids)
+        stop = min(end, start + most)
+        self._note(row, cached, stop)
+        token_ids = row.job.token_ids[start:stop]
+        if len(token_ids) == stop - start:
+            return _Chunk(index, row, start, token_ids, stop == end, row.drafts)
+        return _Chunk(index, row, start, [*token_ids, PENDING], True, row.drafts, (_NEWEST,))
 
-    def _forward(self, new: list[list[int]], starts: list[int], rows: list[Row]) -> torch.Tensor:
-        ids = [token_id for token_ids in new for token_id in token_ids]
-        positions = [start + i for start, token_ids in zip(starts, new) for i in range(len(token_ids))]
-        ids_T, positions_T = self._staging.put(ids, torch.int64), self._staging.put(positions, torch.int64)
+    def _follow(self, index: int, row: Row) -> _Chunk:
+        """The two newest tokens of a row behind its drafts in flight. What the host knows by now is computed: it was
+        input to steps that drafted. How far the drafts reach it will not be told, so none counts."""
+        cached = self._cached[row.job.id]
+        cached.table = row.block_table[:]
+        self._note(row, cached, len(row.job.token_ids))
+        unknown = [PENDING, PENDING]
+        return _Chunk(index, row, row.start - 1, unknown, True, unknown, (_BEFORE, _NEWEST))
+
+    def _newest(self, chunks: list[_Chunk], tails: Tails | None) -> torch.Tensor | None:
+        """What PENDING stands for in the chunks, one after the other; None when it is not in them."""
+        wanted = [(kind, chunk.index) for chunk in chunks for kind in chunk.unknown]
+        if not wanted:
+            return None
+        assert tails is not None
+        kinds, at = to_device(list(zip(*wanted)), self._device)
+        known = [tails.newest_S] if tails.before_S is None else [tails.newest_S, tails.before_S]
+        return torch.stack(known)[kinds, at]
+
+    def _advance(self, drafting: _Drafting, kept: list[int], drawn_R: torch.Tensor) -> _Drafting:
+        """Compute the newest draft of the rows that want more."""
+        rows, behind_R = drafting.rows, drafting.behind_R
+        if len(kept) < len(rows):
+            at = to_device(kept, self._device)
+            rows, drawn_R = [rows[i] for i in kept], drawn_R[at]
+            behind_R = None if behind_R is None else behind_R[at]
+        starts = [row.start + len(row.token_ids) + len(row.drafts) - 1 for row in rows]
+        return _Drafting(rows, self._forward(drawn_R, [1] * len(rows), starts, rows, behind_R), behind_R)
+
+    def _forward(
+        self,
+        token_ids: list[int] | torch.Tensor,
+        num_new: list[int],
+        starts: list[int],
+        rows: list[Row],
+        behind_R: torch.Tensor | None,
+        newest_P: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`newest_P`: what PENDING stands for in `token_ids`."""
+        put = self._staging.put
+        ids_T = token_ids if isinstance(token_ids, torch.Tensor) else put(token_ids, torch.int64)
+        if newest_P is not None:
+            places_P = put([i for i, token_id in enumerate(token_ids) if token_id == PENDING], torch.int64)
+        positions = [start + i for start, num in zip(starts, num_new) for i in range(num)]
+        positions_T = put(positions, torch.int64)
+        rows_T = None if behind_R is None else put(np.repeat(np.arange(len(rows)), num_new), torch.int64)
         tables = [self._cached[row.job.id].table for row in rows]
-        layout = TokenLayout([len(token_ids) for token_ids in new], starts, tables)
-        context = StepContext(self._attention, self._attention.plan(layout, self._staging), self._kv_cache)
+        plan = self._attention.plan(TokenLayout(num_new, starts, tables, behind_R), self._staging)
         self._staging.send()
-        return self.model.forward(ids_T, positions_T, context)
+        if newest_P is not None:
+            ids_T[places_P] = newest_P
+        if behind_R is not None:
+            positions_T.sub_(behind_R[rows_T])
+        return self.model.forward(ids_T, positions_T, StepContext(self._attention, plan, self._kv_cache))
 
-    def _draw(self, logits_RV: torch.Tensor, rows: list[Row], sampler: TokenSampler, proposed: Proposed) -> None:
-        """Append a draft to every row."""
+    def _draw(self, drafting: _Drafting, sampler: TokenSampler, proposed: Proposed) -> torch.Tensor:
+        """Append a draft to every row; all of them, on the device."""
+        rows = drafting.rows
         draws = [row.after(len(row.drafts)) for row in rows]
         plan = sampler.plan(draws, self._staging, stream=Stream.DRAFT if self._rejects else Stream.TARGET)
         inputs_R = self._staging.put([row.token_ids[-1] for row in draws], torch.int64) if plan.needs_inputs else None
         self._staging.send()
-        sampled = sampler.sample(logits_RV, plan, inputs_R, keeps_scores=self._rejects)
+        sampled = sampler.sample(
+            self.model.logits(drafting.hidden_RD),
+            plan,
+            inputs_R,
+            None if drafting.behind_R is None else drafting.behind_R.long(),
+            keeps_scores=self._rejects,
+        )
         if sampled.processed_RV is not None:
             for i, row in enumerate(rows):
                 if not row.job.sampling.is_greedy:
                     proposed.scores.setdefault(row.job.id, []).append(sampled.processed_RV[i])
-        for row, token_id in zip(rows, sampled.token_ids_R.tolist()):
-            row.drafts.append(token_id)
+        stay = [self.runs_ahead and row.job.may_run_ahead for row in rows]
+        drawn = [PENDING] * len(rows) if all(stay) else sampled.token_ids_R.tolist()
+        for row, stays, token_id in zip(rows, stay, drawn):
+            row.drafts.append(PENDING if stays else token_id)
+        if self.runs_ahead:
+            proposed.drawn.append((rows, sampled.token_ids_R))
+        return sampled.token_ids_R
 
     # -- what is computed already ----------------------------------------------------------------------------------
 
@@ -167,13 +250,13 @@ class DraftModel:
                 cached.num_signed += 1
             cached.num_tokens = cached.num_signed * self._block_size
         else:
-            for draft in cached.drafts:
+            for draft in cached.drafts[:-1]:
                 if cached.num_tokens >= most or job.token_ids[cached.num_tokens] != draft:
                     break
                 cached.num_tokens += 1
                 num_held += 1
-        if num_held < len(cached.drafts):
-            cached.table = []
+        if num_held < len(cached.drafts) - 1:
+            cached.table = array("i")
         cached.drafts = []
         cached.table[:] = row.block_table
         cached.num_tokens = min(cached.num_tokens, most)
@@ -192,9 +275,29 @@ class DraftModel:
             cached.num_signed += 1
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens of one row that the model computes before it drafts."""
+
+    index: int
+    """Of the row, in the step."""
+    row: Row
+    start: int
+    """As `Row.start`."""
+    token_ids: list[int]
+    is_complete: bool
+    """Whether its newest token is among them."""
+    drafts: list[int]
+    """What `_Cached` has to compare."""
+    unknown: tuple[int, ...] = ()
+    """What PENDING stands for in `token_ids`, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Drafting:
     """Rows that draft on, and what the model has computed of their newest tokens."""
 
     rows: list[Row]
     hidden_RD: torch.Tensor
+    behind_R: torch.Tensor | None
+    """As `Tails.behind_S`."""

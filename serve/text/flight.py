@@ -13,19 +13,10 @@ from models.device_queue import DeviceQueue, Mark
 from serve.events import TokenLogprobs
 from serve.text.candidates import Candidates
 from serve.text.logprobs import Scores
+from serve.text.prompt_scores import PromptScores
 from serve.text.sampler import Sampled, require_finite
 from serve.text.sequence import Row, TokenOutput
 from serve.text.speculative import until_rejected
-
-
-@dataclass(slots=True)
-class PromptScores:
-    """Log-probabilities of one row's prompt tokens, in slices."""
-
-    row: int
-    num_top: int
-    slices: list[tuple[Scores, torch.Tensor]]
-    """With the largest logit of the whole slice, which tells whether all are numbers."""
 
 
 @dataclass(slots=True)
@@ -40,6 +31,9 @@ class Flight:
     scores: Scores | None
     prompts: list[PromptScores]
     candidates: Candidates | None
+    drafting: list[list[Row]]
+    """Of the drafts that only the device knew: the rows of the first ones, of the second ones and so on."""
+    drafts_D: torch.Tensor | None
     done: Mark | None
     began_s: float = 0.0
     is_typical: bool = True
@@ -51,14 +45,17 @@ def take_off(
     sampled: Sampled,
     prompts: list[PromptScores],
     candidates: Candidates | None,
+    drawn: list[tuple[list[Row], torch.Tensor]],
     *,
     queue: DeviceQueue | None,
 ) -> Flight:
-    """Start the copies to the host; nothing where the device is the host."""
-    scores = sampled.scores
+    """Start the copies to the host; nothing where the device is the host. `drawn`: see `Proposed`."""
+    drafting = [drafted for drafted, _ in drawn]
+    drafts_D = torch.cat([token_ids for _, token_ids in drawn]) if drawn else None
+    token_ids_R, best_R, scores = sampled.token_ids_R, sampled.best_R, sampled.scores
     if queue is None:
         return Flight(
-            rows, draws, sampled.token_ids_R, sampled.best_R, sampled.scored, scores, prompts, candidates, None
+            rows, draws, token_ids_R, best_R, sampled.scored, scores, prompts, candidates, drafting, drafts_D, None
         )
     download = queue.download
     for prompt in prompts:
@@ -66,12 +63,14 @@ def take_off(
     return Flight(
         rows,
         draws,
-        download(sampled.token_ids_R),
-        download(sampled.best_R),
+        download(token_ids_R),
+        download(best_R),
         sampled.scored,
         None if scores is None else scores.to_host(download),
         prompts,
         None if candidates is None else candidates.to_host(download),
+        drafting,
+        None if drafts_D is None else download(drafts_D),
         queue.mark(),
     )
 
@@ -80,6 +79,8 @@ def land(flight: Flight) -> TokenOutput:
     """The output, once `done` has happened. RequestFailed for a row whose logits are no numbers."""
     rows, draws = flight.rows, flight.draws
     require_finite(flight.best_R.tolist(), draws)
+    if flight.drafts_D is not None:
+        _reveal_drafts(flight.drafting, flight.drafts_D.tolist())
     drawn = flight.token_ids_R.tolist()
     scores: dict[int, TokenLogprobs] = {}
     if flight.scores is not None:
@@ -105,3 +106,11 @@ def land(flight: Flight) -> TokenOutput:
         beams = (i for i, row in enumerate(rows) if row.samples and row.num_candidates)
         output.candidates = dict(zip(beams, flight.candidates.tolist()))
     return output
+
+
+def _reveal_drafts(drafting: list[list[Row]], token_ids: list[int]) -> None:
+    """Tell the rows what their drafts were."""
+    known = iter(token_ids)
+    for place, rows in enumerate(drafting):
+        for row in rows:
+            row.drafts[place] = next(known)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from serve.text.sequence import Row
 
 if TYPE_CHECKING:  # they load torch, which nothing here needs
-    from serve.text.proposer import Proposed
+    from serve.text.proposer import Proposed, Tails
     from serve.text.sampler import TokenSampler
 
 
@@ -34,13 +34,15 @@ class _Index:
 class PromptLookup:
     """A `Proposer` by n-grams of `least` to `most` tokens."""
 
+    runs_ahead = False
+
     def __init__(self, least: int, most: int):
         assert 1 <= least <= most
         self._least = least
         self._most = most
         self._indices: dict[str, _Index] = {}
 
-    def propose(self, rows: Seq[Row], sampler: TokenSampler) -> Proposed:
+    def propose(self, rows: Seq[Row], sampler: TokenSampler, tails: Tails | None) -> Proposed:
         from serve.text.proposer import Proposed
 
         for row in rows:

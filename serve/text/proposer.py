@@ -18,6 +18,8 @@ class Proposed:
 
     scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Job id → the scores each of its drafts was drawn from, [vocabulary]. Missing: the proposer was certain."""
+    drawn: list[tuple[list[Row], torch.Tensor]] = field(default_factory=list)
+    """First drafts, second drafts and so on, of so many rows, on the device: what PENDING stands for in theirs."""
     is_typical: bool = True
     """False when this took longer than the same drafts will take next time."""
 
@@ -34,11 +36,30 @@ class Proposed:
         return proposals
 
 
+@dataclass(frozen=True, slots=True)
+class Tails:
+    """What only the device knows of the rows of a step. One entry a row, of which that about its tokens means something
+    where its newest token is PENDING."""
+
+    newest_S: torch.Tensor
+    before_S: torch.Tensor | None
+    """The token before the newest one. None: the step before had no drafts."""
+    behind_S: torch.Tensor | None
+    """By how many positions each row begins before `Row.start` (int32). None: by none."""
+
+
 class Proposer(Protocol):
     """Continues sequences cheaply. Keeps what it likes between steps: no output depends on how good its drafts are."""
 
-    def propose(self, rows: Seq[Row], sampler: TokenSampler) -> Proposed:
-        """Fill `drafts` of the rows that want some: at most `num_drafts`, fewer where it knows nothing."""
+    runs_ahead: bool
+    """Whether drafts stay on the device: then it also continues rows whose newest token, or whose drafts of the step
+    before, the host does not know."""
+
+    def propose(self, rows: Seq[Row], sampler: TokenSampler, tails: Tails | None) -> Proposed:
+        """Fill `drafts` of the rows that want some: at most `num_drafts`, fewer where it knows nothing.
+
+        `tails` is given to who runs ahead, where a row's newest token is PENDING.
+        """
         ...
 
     def release(self, job_id: str) -> None:

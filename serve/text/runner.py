@@ -4,12 +4,12 @@ Owns the model, the attention backend, the cache tensors and the sampler; decide
 
     rows → drafts → flat ids and positions → attention.plan → forward → logits where wanted → sampler → ids on the host
 
-Rows that want drafts get them from the proposer first, as tokens on the host, which on CUDA waits for each; the decode
-graphs are for one token a row, so a step with drafts runs without them.
+Rows that want drafts get them from the proposer first: known to the host, or to the device only.
 
 On CPU `submit` computes and `collect` hands over. On CUDA `submit` queues everything, copies to pinned memory and an
-event included, and `collect` waits for the event. A token still unknown on the host (PENDING) is read from the previous
-step's output on the device, so that the next step can be queued before this one's tokens are known.
+event included, and `collect` waits for the event. Tokens still unknown on the host (PENDING), and by how many positions
+rows begin earlier than the host has to assume, are read from what the previous step left on the device (`frontier.py`),
+so that the next step can be queued before this one's tokens are known.
 
 Legend: T new tokens of the step, D hidden size, R rows that sample, V vocabulary.
 """
@@ -19,11 +19,9 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -34,20 +32,17 @@ from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
 from serve.text.candidates import find_candidates
 from serve.text.cuda_graph import MAX_WIDTH, DecodeGraphs
-from serve.text.flight import Flight, PromptScores, land, take_off
-from serve.text.logprobs import score
+from serve.text.flight import Flight, land, take_off
+from serve.text.frontier import Frontier, SpeculativeStep
 from serve.text.peers import Peers
-from serve.text.proposer import Proposed, Proposer
+from serve.text.prompt_scores import PromptScores, score_prompts, slices_of
+from serve.text.proposer import Proposed, Proposer, Tails
 from serve.text.sampler import Sampled, SamplingPlan, make_sampler
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
 from serve.text.step_inputs import StepInputs
 from serve.text.step_message import Step
-from serve.transfer import to_device
 
 log = logging.getLogger(__name__)
-
-_SCORED_AT_ONCE = 1 << 24
-"""Logits held at once while a prompt is scored: 64 MiB of float32."""
 
 _CANARY_TOKENS = 4
 
@@ -59,12 +54,14 @@ class _Planned:
     rows: list[Row]
     step: Step
     proposed: Proposed
+    tails: Tails | None
     sources: list[int]
-    """Of the step's pending tokens: their places among the draws of the step before."""
+    """Of the step's pending tokens: their places in the frontier."""
     began_s: float
     draws: list[Row]
     """One entry per token that the step samples."""
     sampling: SamplingPlan | None = None
+    speculative: SpeculativeStep | None = None
     computed: tuple[torch.Tensor, list[PromptScores], torch.Tensor | None] | None = None
     """Logits of the wanted positions (hidden states for want of such), scores of prompts, inputs that draws need."""
 
@@ -106,6 +103,8 @@ class TokenRunner:
         self.staging = Staging(cache.device, CAPACITY + table_bytes, self._queue)
         self._sampler = make_sampler(model.spec.vocab_size, model.spec.eos_token_ids, cache.device)
         self._proposer = proposer
+        self.runs_ahead = proposer is not None and proposer.runs_ahead
+        """Whether it goes on from drafts that the host does not know."""
         self._rejects = rejects
         self._clock = clock
         self._collected_s = 0.0
@@ -114,8 +113,8 @@ class TokenRunner:
         self._computes_late = peers is not None and peers.num_stages > 1 and self._queue is None
         self._told: deque[_Planned] = deque()
         """Steps that are to be computed when they are collected."""
-        self._previous: tuple[list[Row], torch.Tensor] | None = None
-        """Draws of the last submitted step and their token ids on the device."""
+        self._frontier: Frontier | None = None
+        """What the last submitted step leaves on the device."""
         self._last: Flight | None = None
         """The last submitted step."""
         self._canary_logits: torch.Tensor | None = None
@@ -137,7 +136,8 @@ class TokenRunner:
         try:
             began_s = self._clock()
             with torch.inference_mode():
-                planned = self._plan(batch, self._propose(batch.rows), began_s)
+                tails = self._tails(batch.rows)
+                planned = self._plan(batch, self._propose(batch.rows, tails), tails, began_s)
                 if self.peers is not None:
                     self.peers.tell(planned.step)
                 if self._computes_late:
@@ -204,12 +204,20 @@ class TokenRunner:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _propose(self, rows: list[Row]) -> Proposed:
+    def _tails(self, rows: list[Row]) -> Tails | None:
+        if not self.runs_ahead or not any(
+            row.token_ids[-1] == PENDING and (row.num_drafts or row.num_in_doubt) for row in rows
+        ):
+            return None
+        assert self._frontier is not None
+        return self._frontier.tails(rows)
+
+    def _propose(self, rows: list[Row], tails: Tails | None) -> Proposed:
         if self._proposer is None or not any(row.num_drafts for row in rows):
             return Proposed()
-        return self._proposer.propose(rows, self._sampler)
+        return self._proposer.propose(rows, self._sampler, tails)
 
-    def _plan(self, batch: TokenBatch, proposed: Proposed, began_s: float) -> _Planned:
+    def _plan(self, batch: TokenBatch, proposed: Proposed, tails: Tails | None, began_s: float) -> _Planned:
         """Lay the rows out flat."""
         rows = batch.rows
         ids: list[int] = []
@@ -221,7 +229,7 @@ class TokenRunner:
         for row in rows:
             new, start = row.token_ids + row.drafts if row.drafts else row.token_ids, row.start
             if row.scores_prompt:
-                scored += self._slices(row, len(ids))
+                scored += slices_of(row, len(ids), self.model.spec.vocab_size)
             if len(new) == 1:
                 ids.append(new[0])
                 positions.append(start)
@@ -235,10 +243,11 @@ class TokenRunner:
                 last += range(len(ids) - 1 - len(row.drafts), len(ids))
         last += last_of_beams
         pending, sources = self._pending(ids, rows) if PENDING in ids else ([], [])
-        layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows])
+        behind_S = None if tails is None else tails.behind_S
+        layout = TokenLayout(num_new, [row.start for row in rows], [row.block_table for row in rows], behind_S)
         wants_all = len(last) == len(ids) and not last_of_beams
         step = Step(ids, positions, layout, last, wants_all, scored, batch.copies, pending)
-        return _Planned(rows, step, proposed, sources, began_s, _draws(rows))
+        return _Planned(rows, step, proposed, tails, sources, began_s, _draws(rows))
 
     def _compute(self, planned: _Planned) -> Flight:
         self._compute_model(planned)
@@ -271,23 +280,27 @@ class TokenRunner:
         if planned.draws:
             proposals = planned.proposed.in_place(planned.rows) if self._rejects else None
             planned.sampling = self._sampler.plan(planned.draws, staging, proposals=proposals)
+        if self.runs_ahead and any(row.num_drafts or row.num_in_doubt for row in planned.rows):
+            planned.speculative = SpeculativeStep(planned.rows, planned.proposed, step.layout.behind, staging)
         staging.send()
         if copies:
             self._attention.copy_blocks(self.kv_cache, *copies)
         ids_T = inputs.token_ids_T
         if pending:
-            assert self._previous is not None
+            assert self._frontier is not None
             to_P, of_P = pending
-            ids_P = self._previous[1][of_P]
+            ids_P = self._frontier.newest_R[of_P]
             if self.peers is not None:
                 self.peers.share(ids_P)
             ids_T[to_P] = ids_P
+        if planned.speculative is not None:
+            planned.speculative.fill_(ids_T, inputs.positions_T)
         if graphs is not None:
             hidden_TD = graphs.forward(inputs, step.layout)
         else:
             context = StepContext(self._attention, inputs.plan, self.kv_cache)
             hidden_TD = self.model.forward(ids_T, inputs.positions_T, context)
-        prompts = self._score_prompts(planned, hidden_TD) if step.scored else []
+        prompts = score_prompts(planned.rows, step, hidden_TD, self.model) if step.scored else []
         hidden_RD = hidden_TD[last_R]
         inputs_R = ids_T[last_R] if planned.sampling is not None and planned.sampling.needs_inputs else None
         return self.model.logits(hidden_RD) if step.wanted else hidden_RD, prompts, inputs_R
@@ -307,25 +320,29 @@ class TokenRunner:
             if planned.step.pending:
                 self._reveal(draws)
             inputs_R = None if inputs_R is None else inputs_R[:num_draws]
-            sampled = self._sampler.sample(logits_RV[:num_draws], planned.sampling, inputs_R)
+            behind_R = None if planned.speculative is None else planned.speculative.behind_of_draws()
+            sampled = self._sampler.sample(logits_RV[:num_draws], planned.sampling, inputs_R, behind_R)
         else:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             sampled = Sampled(nothing, nothing, [], None)
-        self._previous = (draws, sampled.token_ids_R)
+        if planned.speculative is None or not draws:
+            self._frontier = Frontier(draws, sampled.token_ids_R)
+        else:
+            self._frontier = planned.speculative.frontier(sampled.token_ids_R)
         candidates = find_candidates(self._sampler, logits_RV[num_draws:], beams) if beams else None
-        return take_off(rows, draws, sampled, prompts, candidates, queue=self._queue)
+        return take_off(rows, draws, sampled, prompts, candidates, planned.proposed.drawn, queue=self._queue)
 
     def _pending(self, ids: list[int], rows: list[Row]) -> tuple[list[int], list[int]]:
-        """Where PENDING stands in `ids`, which becomes 0 there, and which draws of the step before belong there."""
-        assert self._previous is not None
-        index = {row.job.id: i for i, row in enumerate(self._previous[0])}
+        """Where PENDING stands in `ids` for newest tokens, and where in the frontier these are; 0 takes its place."""
+        index = {} if self._frontier is None else self._frontier.index()
         to, of, at = [], [], -1
         for row in rows:
-            at += len(row.token_ids) + len(row.drafts)
+            at += len(row.token_ids)
             if row.token_ids[-1] == PENDING:
                 to.append(at)
                 of.append(index[row.job.id])
-                ids[at] = 0
+            at += len(row.drafts)
+        ids[:] = [0 if token_id == PENDING else token_id for token_id in ids]
         return to, of
 
     def _reveal(self, draws: list[Row]) -> None:
@@ -341,30 +358,6 @@ class TokenRunner:
         for row in waiting:
             row.newest = known[row.job.id]
 
-    def _slices(self, row: Row, first: int) -> list[tuple[int, int]]:
-        """Of the row's positions, which lie at `first` and on: those followed by a prompt token, in parts whose logits
-        may be held at once."""
-        num_known = min(row.start + 1 + len(row.token_ids), row.job.num_prompt) - row.start - 1
-        size = max(1, _SCORED_AT_ONCE // self.model.spec.vocab_size)
-        stop = first + num_known
-        return [(start, min(start + size, stop)) for start in range(first, stop, size)]
-
-    def _score_prompts(self, planned: _Planned, hidden_TD: torch.Tensor) -> list[PromptScores]:
-        """The log-probability of each prompt token that follows one of the scored positions."""
-        scores: dict[int, PromptScores] = {}
-        ends = list(accumulate(planned.step.layout.num_new))
-        for start, stop in planned.step.scored:
-            at = bisect_right(ends, start)
-            row = planned.rows[at]
-            num_top = row.job.prompt_logprobs
-            assert num_top is not None
-            skip = row.start + 1 - (ends[at - 1] if at else 0)
-            next_ids = to_device(row.job.token_ids[start + skip : stop + skip], self.device)
-            logits_RV = self.model.logits(hidden_TD[start:stop])
-            part = score(logits_RV, next_ids, num_top), logits_RV.amax()
-            scores.setdefault(at, PromptScores(at, num_top, [])).slices.append(part)
-        return list(scores.values())
-
     @torch.inference_mode()
     def _canary(self) -> torch.Tensor:
         """Logits of a fixed prompt in the runner's own block, then of its last token once more as a decode that reads
@@ -379,7 +372,7 @@ class TokenRunner:
         layout = TokenLayout([len(ids)], [start], [self._own_table])
         wanted = list(range(len(ids)))
         step = Step(ids, [start + i for i in wanted], layout, wanted, wants_all=True)
-        planned = _Planned([], step, Proposed(), [], 0.0, [])
+        planned = _Planned([], step, Proposed(), None, [], 0.0, [])
         if self.peers is not None:
             self.peers.tell(planned.step)
         self._compute_model(planned)

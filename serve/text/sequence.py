@@ -11,7 +11,7 @@ forward and gives back those that hold, and one more. They never enter `token_id
 the sequence is planned on as if all of them held: `num_scheduled` and `num_pending` are upper bounds then, too high by
 at most `num_in_doubt`, and come down as steps are settled. The device knows the truth one step earlier than the host,
 so the runner can begin the next step in the right place. What only the host can prepare waits for it instead:
-grammars, penalties, and whoever drafts from known tokens (`may_run_ahead`).
+grammars, penalties, a minimum length, and whoever drafts from known tokens (`may_run_ahead`).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Sequence(Job):
     @property
     def num_wanted(self) -> int:
         """How many positions could be computed now, drafts not counted."""
-        if self.num_in_doubt and not self.may_run_ahead:
+        if self.num_in_doubt and not (self.may_run_ahead and self.num_output >= self.sampling.min_tokens):
             return 0  # where it goes on is not known yet
         if self.num_pending and self.num_scheduled == self.num_to_compute:
             return 0  # the pending token is the last one

@@ -115,7 +115,9 @@ def test_a_prefix_that_both_models_have_is_not_computed_again(folder, monkeypatc
     proposer = engine._runner._proposer
     computed: list[int] = []
     forward = proposer._forward
-    monkeypatch.setattr(proposer, "_forward", lambda new, *rest: computed.append(len(new[0])) or forward(new, *rest))
+    monkeypatch.setattr(
+        proposer, "_forward", lambda ids, num_new, *rest: computed.append(num_new[0]) or forward(ids, num_new, *rest)
+    )
     run(engine, [sequence(PROMPTS[0], 6)])
     assert max(computed) <= len(PROMPTS[0]) - 32 + 1
 

@@ -146,7 +146,7 @@ def test_a_sampled_sequence_is_the_same_alone_and_beside_others(runner):
 
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_prompt_logprobs_equal_transformers(runner, chunk, monkeypatch):
-    monkeypatch.setattr("serve.text.runner._SCORED_AT_ONCE", 5 * runner.model.spec.vocab_size)
+    monkeypatch.setattr("serve.text.prompt_scores._SCORED_AT_ONCE", 5 * runner.model.spec.vocab_size)
     prompt = [7, 30, 2, 99, 41, 41, 8, 5, 63, 10, 11, 12, 13]
     driver = Driver(runner)
     seq = driver.sequence("a", prompt, prompt_logprobs=2)

@@ -122,20 +122,18 @@ def test_a_biased_verifier_is_caught(name, biased, monkeypatch):
     depth=st.sampled_from([0, 1, 3]),
     budget=st.sampled_from([8, 20, 512]),
     num_blocks=st.sampled_from([14, 30, 512]),
-    uses_model=st.booleans(),
+    drafter=st.sampled_from(["ngram", "model", "model that runs ahead", "model that runs ahead"]),
 )
-def test_coupled_draws_give_the_very_tokens_of_plain_sampling(
-    prompts, cases, most, depth, budget, num_blocks, uses_model
-):
+def test_coupled_draws_give_the_very_tokens_of_plain_sampling(prompts, cases, most, depth, budget, num_blocks, drafter):
     """Greedy and sampled, whatever the drafts, their number, the batch, chunks, preemptions and overlap."""
 
     def jobs() -> list:
         limits = {"max_tokens": 24, "ignore_eos": False}
         return [request(p, seed=i, **limits | case) for i, (p, case) in enumerate(zip(prompts, cases))]
 
-    drafter = DRAFTER if uses_model else PromptLookup(1, 3)
     engine = markov_engine(
-        TARGET, drafter=drafter, draft_length=RandomLength(most), depth=depth,
+        TARGET, drafter=PromptLookup(1, 3) if drafter == "ngram" else DRAFTER, draft_length=RandomLength(most),
+        depth=depth, runs_ahead=drafter == "model that runs ahead",
         num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=budget,
     )  # fmt: skip
     assert generate(engine, jobs()) == [generate(markov_engine(TARGET), [job])[0] for job in jobs()]
