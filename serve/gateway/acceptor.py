@@ -45,6 +45,10 @@ class Acceptor:
             self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
 
+    async def opened(self) -> None:
+        """Return when all that were taken have their protocol."""
+        await asyncio.gather(*self._opening)
+
     def _watch(self) -> None:
         if self.is_listening:
             self._loop.add_reader(self._listener.fileno(), self._take)

@@ -86,9 +86,10 @@ class GatewayServer:
         """Leave the port to others, who share it: finish what runs, and see that clients connect anew.
 
         What comes on connections that are open is still answered, so that nobody is refused between the two."""
+        self._limits.is_leaving = True
         if self._acceptor is not None:
             self._acceptor.close()
-        self._limits.is_leaving = True
+            await self._acceptor.opened()
         for connection in list(self._state.connections):
             if isinstance(connection, LimitedProtocol):
                 connection.leave(LEAVING_S)

@@ -484,3 +484,21 @@ def test_a_client_whose_stream_ran_while_the_gateway_left_is_answered_once_more(
             await server.aclose()
 
     run(scenario)
+
+
+def test_a_client_that_connected_as_the_gateway_left_is_answered():
+    """It waits in the socket when that closes, and there is no other connection."""
+
+    async def scenario():
+        async with fake_gateway() as gateway:
+            server = GatewayServer(gateway.app, GatewayOptions(port=0), gateway.drain, shares_port=True)
+            _, port = await server.start()
+            with socket.create_connection(("127.0.0.1", port)) as client:  # nobody has looked at it yet
+                client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await server.hand_over(10)
+                client.settimeout(5)
+                answer = client.recv(1 << 16)
+            assert status(answer) == 200 and b"connection: close" in answer
+            await server.aclose()
+
+    run(scenario)
