@@ -22,7 +22,9 @@ class Usage:
     """Bytes, of shared memory."""
 
 
-def compile_for_sm90(kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3) -> Usage:
+def compile_for_sm90(
+    kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3, enable_fp_fusion: bool = True
+) -> Usage:
     """`arguments`: for each of the kernel's, in order, a type ("*bf16", "i32", "fp32") or a constexpr's value.
 
     Pointers and 32-bit integers are taken to be multiples of 16, as the launcher finds most of them to be.
@@ -44,7 +46,7 @@ def compile_for_sm90(kernel: Any, arguments: dict[str, Any], *, num_warps: int =
             if kind == "i32" or kind.startswith("*")
         },
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return _assemble(compiled.asm["ptx"], int(compiled.metadata.shared))
 

@@ -80,8 +80,9 @@ class Recipe:
 class SamplingPlan(Protocol):
     """What `plan` tells `sample` of one step."""
 
-    needs_inputs: bool
-    """Whether the rows' newest input tokens matter: some have penalties."""
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the rows' newest input tokens matter: some have penalties."""
 
 
 class TokenSampler(Protocol):

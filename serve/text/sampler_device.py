@@ -10,22 +10,32 @@ Legend: R rows, V vocabulary.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from models.staging import Staging
 from serve.request import SamplingParams
-from serve.text import sampler_words as word
 from serve.text.gumbel import Stream
 from serve.text.logprobs import score
-from serve.text.sampler import Proposal, Recipe, Sampled, Sampler, greedy, scored_rows
+from serve.text.sampler import Proposal, Sampled, Sampler, greedy, scored_rows
 from serve.text.sampler_jobs import SamplerJobs
 from serve.text.sampler_launch import DevicePlan, Launcher, Proposed
 from serve.text.sequence import Row, Sequence
 from serve.text.token_mask import packed_masks
 from serve.transfer import copy_to_device
+
+
+class _Words(NamedTuple):
+    """Of draws, in the order of `sampler_words.py`."""
+
+    slots: list[int]
+    positions: list[int]
+    counts: list[int]
+    scores: list[int]
 
 
 class DeviceSampler:
@@ -50,19 +60,31 @@ class DeviceSampler:
         plan = DevicePlan(rows, stream, *scored_rows(recipes))
         if plan.scored:
             plan.scored_at = staging.put(plan.scored, torch.int64)
-        words = np.full((word.NUM_DRAW_WORDS.value, len(rows)), -1, np.int32)
+        words = _Words([-1] * len(rows), [-1] * len(rows), [-1] * len(rows), [-1] * len(rows))
         penalised: list[int] = []
         for i, (row, recipe) in enumerate(zip(rows, recipes)):
-            if recipe.is_plain_at(row.sample_position - row.job.num_prompt):
+            num_output = row.sample_position - row.job.num_prompt
+            if recipe.is_plain_at(num_output):
                 continue
-            self._enter(plan, words[:, i], row, recipe, staging)
-            if recipe.params.needs_history:
-                words[word.COUNTS, i] = len(penalised)
-                penalised.append(i)
-                plan.num_seen = max(plan.num_seen, row.sample_position)
-        if not (words[word.SLOT] >= 0).any():
-            return plan
-        plan.draws = staging.put(words, torch.int32)
+            known = self._jobs.find(row.job, recipe)
+            if known.contents:
+                plan.writes.append(self._jobs.stage(known, staging))
+            words.slots[i], words.positions[i] = known.slot, row.sample_position
+            if known.is_filtered:
+                plan.has_filtered = True
+            elif not known.is_greedy:
+                plan.has_unfiltered = True
+            if known.changes_scores or num_output < recipe.params.min_tokens:
+                words.scores[i] = plan.num_scores
+                plan.num_scores += 1
+                plan.has_grammars |= row.job.matcher is not None
+                if known.history is not None:
+                    words.counts[i] = len(penalised)
+                    penalised.append(i)
+                    plan.num_seen = max(plan.num_seen, row.sample_position)
+        if not (plan.has_filtered or plan.has_unfiltered or plan.num_scores):
+            return plan  # all rows are plain
+        plan.draws = staging.put(np.array(words, np.int32), torch.int32)
         if penalised:
             plan.penalised = staging.put(penalised, torch.int32)
         if proposals is not None and any(proposals):
@@ -103,12 +125,10 @@ class DeviceSampler:
         self._jobs.forget(job_id)
 
     def warm_up(self, rejects: bool) -> None:
-        asked = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "presence_penalty": 1.0}, {"logprobs": 1}
-        jobs = [
-            Sequence(id=f"warm-up {i}", token_ids=[0], num_prompt=1, sampling=SamplingParams(max_tokens=1, **params))
-            for i, params in enumerate(asked)
-        ]
-        rows = [Row(job, 0, [0], 0, [], samples=True, sample_position=1) for job in jobs]
+        asked = [SamplingParams(max_tokens=1, top_k=5, top_p=0.9, min_p=0.1, presence_penalty=1.0)]
+        asked.append(SamplingParams(max_tokens=1))
+        jobs = [Sequence(id=f"warm-up {i}", token_ids=[0], num_prompt=1, sampling=p) for i, p in enumerate(asked)]
+        rows = [Row(job, 0, [0], 0, array("i"), samples=True, sample_position=1) for job in jobs]
         logits_RV = torch.zeros(len(rows), self._vocab_size, device=self._device)
         proposals = [Proposal(0, logits_RV[0]), Proposal(0, None)] if rejects else None
         staging = Staging(self._device, 1 << 16)
@@ -117,21 +137,6 @@ class DeviceSampler:
         self.sample(logits_RV, plan, torch.zeros(len(rows), dtype=torch.int64, device=self._device))
         for job in jobs:
             self.forget(job.id)
-
-    def _enter(self, plan: DevicePlan, words: np.ndarray, row: Row, recipe: Recipe, staging: Staging) -> None:
-        """Write the words of a draw that is more than plain, and see what the step needs for it."""
-        known = self._jobs.find(row.job, recipe)
-        if known.contents:
-            plan.writes.append(self._jobs.stage(known, staging))
-        words[word.SLOT], words[word.POSITION] = known.slot, row.sample_position
-        plan.has_filtered |= known.is_filtered
-        plan.has_unfiltered |= not (known.is_filtered or known.is_greedy)
-        has_grammar = row.job.matcher is not None
-        plan.has_grammars |= has_grammar
-        is_early = row.sample_position - row.job.num_prompt < recipe.params.min_tokens
-        if recipe.params.logit_bias or recipe.params.needs_history or has_grammar or is_early:
-            words[word.SCORES] = plan.num_scores
-            plan.num_scores += 1
 
     def _masks(self, rows: Seq[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Bits of the tokens that may come next, and of each row which of these rows it is, or -1."""

@@ -32,6 +32,8 @@ class KnownJob:
     """Its row of parameters."""
     is_greedy: bool
     is_filtered: bool
+    changes_scores: bool
+    """In every step: by biases, a grammar or penalties. End tokens are masked in some."""
     entries: int | None
     history: int | None
     contents: list[tuple[SlotTable, int, np.ndarray]]
@@ -87,7 +89,14 @@ class SamplerJobs:
         is_greedy = numbers[word.TEMPERATURE] == 0.0
         is_filtered = numbers[word.MARGIN] > -math.inf or words[word.TOP_K] > 0 or numbers[word.TOP_P] < 1.0
         known = KnownJob(
-            recipe, self.params.take(len(words)), bool(is_greedy), bool(is_filtered and not is_greedy), None, None, []
+            recipe,
+            self.params.take(len(words)),
+            bool(is_greedy),
+            bool(is_filtered and not is_greedy),
+            bool(recipe.params.logit_bias or recipe.params.needs_history or job.matcher is not None),
+            None,
+            None,
+            [],
         )
         pairs = _entries(job, recipe)
         words[word.NUM_BIASES] = len(recipe.params.logit_bias)

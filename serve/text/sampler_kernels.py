@@ -228,13 +228,13 @@ def finish(logits_ptr, logits_stride, draws_ptr, num_draws, behind_ptr, params_p
         is_drawn = number_of(params_ptr, slot, TEMPERATURE) != 0.0
     packs_ptr = tl.where(is_drawn, drawn_ptr, best_ptr)
     pack = tl.max(tl.load(packs_ptr + row * num_blocks + lane, mask=is_block, other=NO_TOKEN), 0)
-    token = token_of(pack)
+    token = tl.minimum(token_of(pack), vocab - 1)  # a row of NaN may have drawn nothing
     if has_proposals:
         proposal = tl.load(proposals_ptr + row)
         if is_drawn & (proposal >= 0):
             if score_of(pack) == float("-inf"):  # rounding rejected where the two distributions are equal
                 spare = tl.load(spare_ptr + row * num_blocks + lane, mask=is_block, other=NO_TOKEN)
-                token = token_of(tl.max(spare, 0))
+                token = tl.minimum(token_of(tl.max(spare, 0)), vocab - 1)
             best = best_of(best_ptr, row, num_blocks, blocks)
             temperature = number_of(params_ptr, slot, TEMPERATURE)
             scores_row = tl.load(draws_ptr + SCORES * num_draws + row).to(tl.int64)

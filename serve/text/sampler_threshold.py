@@ -62,7 +62,7 @@ def choose(logits_ptr, logits_stride, draws_ptr, num_draws, behind_ptr, params_p
         maxima_y = tempered(maxima, best, temperature)
         keys = tl.where(is_group, ordered(maxima_y), LOWEST)
         low, most = _bounds(keys, maxima_y, best_y, total, params_ptr, slot, num_groups)
-        is_listed = keys >= most
+        is_listed = is_group & (keys >= most)
         num_listed = tl.sum(is_listed.to(tl.int32), 0)
         list_at = list_ptr + row * num_groups
         tl.store(list_at + tl.cumsum(is_listed.to(tl.int32), 0) - 1, lane, mask=is_listed)

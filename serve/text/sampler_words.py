@@ -27,8 +27,7 @@ ENTRIES = tl.constexpr(13)
 HISTORY = tl.constexpr(14)
 """Row of tokens by position."""
 
-NUM_DRAW_WORDS = tl.constexpr(4)
-"""Of a draw; these lie [words, draws]."""
+# Words of a draw; these lie [words, draws].
 SLOT = tl.constexpr(0)
 """Row of parameters, or -1: the largest logit is the token."""
 POSITION = tl.constexpr(1)
