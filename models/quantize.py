@@ -19,17 +19,13 @@ from models.quantized.checkpoint import Rule, read_rules
 from models.quantized.formats import FloatFormat
 from models.quantized.linear import QuantizedGated, QuantizedLinear
 from models.quantized.product import is_computed
-from models.quantized.scheme import USUAL_GROUPS, Scheme
+from models.quantized.scheme import ON_LOAD, Scheme
 from models.text.base import ModelError
 
 log = logging.getLogger(__name__)
 
-ON_LOAD = {
-    "fp8": Scheme("fp8"),
-    "int8": Scheme("int8"),
-    "int4": Scheme("int4", USUAL_GROUPS[0], has_zero=True),
-}
-"""By the values of the option `quantization`."""
+PARTS = (*(f"self_attn.{part}" for part in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+"""A layer's matrices, without the `_proj` that their names end in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +53,14 @@ class Quantization:
         if load_format == "dummy":
             rules = tuple(Rule(rule.matches, _from_floats(rule.scheme), FloatFormat()) for rule in rules)
         return cls(rules)
+
+    def only_scheme(self, num_layers: int) -> Scheme | None:
+        """Of all matrices of a decoder's layers; None where none is quantised. Raises ModelError when they differ."""
+        names = [f"model.layers.{index}.{part}_proj" for index in range(num_layers) for part in PARTS]
+        schemes = {None if rule is None else rule.scheme for rule in map(self._find, names)}
+        if len(schemes) > 1:
+            raise ModelError("quantization_config stores the layers' matrices in different forms, not reckoned as one")
+        return schemes.pop()
 
     def check(self, dtype: torch.dtype, device: torch.device, *, is_asked: bool) -> None:
         """Raise ModelError when the option asks for what `device` has no kernel for. A checkpoint's is dequantised."""
@@ -110,7 +114,7 @@ class Quantization:
         return QuantizedGated(merged, device)
 
     def _rule(self, names: list[str]) -> Rule | None:
-        found = [next((rule for rule in self.rules if rule.matches(name)), None) for name in names]
+        found = [self._find(name) for name in names]
         if any(rule is not found[0] for rule in found):
             raise ModelError(
                 f"quantization_config stores {', '.join(names)} in different forms, which are computed as one matrix "
@@ -118,19 +122,19 @@ class Quantization:
             )
         return found[0]
 
+    def _find(self, name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
 
 def _fitted(rule: Rule, in_features: int, name: str) -> Scheme:
     """The scheme for a row of so many features."""
-    group = rule.scheme.group
-    if group is None or in_features % group == 0:
-        return rule.scheme
-    fitting = [size for size in USUAL_GROUPS if in_features % size == 0] if isinstance(rule.format, FloatFormat) else []
-    if not fitting:
+    scheme = rule.scheme.fitted(in_features) if isinstance(rule.format, FloatFormat) else rule.scheme
+    if scheme.group is not None and in_features % scheme.group:
         raise ModelError(
-            f"{name} has {in_features} input features here, which groups of {group} that share a scale do not divide; "
-            f"choose another tensor_parallel_size or quantization"
+            f"{name} has {in_features} input features here, which groups of {scheme.group} that share a scale do not "
+            f"divide; choose another tensor_parallel_size or quantization"
         )
-    return replace(rule.scheme, group=fitting[0])
+    return scheme
 
 
 def _from_floats(scheme: Scheme) -> Scheme:

@@ -269,7 +269,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--link", choices=sorted(LINKS), default="nvlink", help="between devices")
     for spec in dataclasses.fields(ModelOptions):
-        if spec.name in ("dtype", "revision", "max_model_len", "max_num_seqs"):
+        if spec.name in ("dtype", "quantization", "revision", "max_model_len", "max_num_seqs"):
             _add_flag(parser, ModelOptions, spec)
             parser.set_defaults(**{spec.name: spec.default})
 

@@ -43,6 +43,7 @@ class PlanRequest:
     memory_gb: float
     link: str = "nvlink"
     dtype: str = "auto"
+    quantization: str | None = None
     revision: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -77,6 +78,8 @@ def plan(request: PlanRequest) -> str:
                 f"{geometry.max_positions} positions; lower it"
             )
         estimates = text_estimates(geometry, fleet)
+    elif request.quantization is not None:
+        raise ConfigError(f"--quantization is {request.quantization!r}, but {request.model!r} is an image model")
     else:
         estimates = image_estimates(geometry, fleet, driver_bytes=driver_bytes)
     fitting = [estimate for estimate in estimates if estimate.fits]
@@ -130,6 +133,7 @@ def command(request: PlanRequest, geometry: Geometry, estimate: Estimate) -> str
         words += ["--" + name.replace("_", "-"), str(size)] if size > 1 else []
     words += ["--num-replicas", str(estimate.num_replicas)] if estimate.num_replicas > 1 else []
     words += ["--dtype", request.dtype] if request.dtype != "auto" else []
+    words += ["--quantization", request.quantization] if request.quantization is not None else []
     words += ["--revision", request.revision] if request.revision is not None else []
     if geometry.kind == "text":
         words += ["--max-model-len", str(request.max_model_len)] if request.max_model_len is not None else []
@@ -142,7 +146,7 @@ def _read(request: PlanRequest) -> tuple[Geometry, int]:
     try:
         folder = resolve(request.model, request.revision, load_format="dummy")
         kind = kind_of(folder)
-        geometry = read_geometry(folder, kind, dtype=request.dtype, on_cuda=True)
+        geometry = read_geometry(folder, kind, dtype=request.dtype, on_cuda=True, quantization=request.quantization)
     except SourceError as error:
         raise ConfigError(f"model: {error}", param="model") from None
     except GeometryError as error:
@@ -179,6 +183,7 @@ def _heading(request: PlanRequest, geometry: Geometry, fleet: Fleet, driver_byte
     numbers = f"{parameters} parameters of {8 * geometry.bytes_per_weight} bits"
     where = f"{fleet.num_devices} devices of {request.memory_gb:g} GB, {fleet.link.name}"
     if isinstance(geometry, TextGeometry):
+        numbers += f", matrices in {geometry.scheme.values}" if geometry.scheme is not None else ""
         heads = f"{geometry.num_heads} heads, {geometry.num_kv_heads} of keys and values"
         longest = min(fleet.max_model_len or geometry.max_positions, geometry.max_positions)
         load = f"up to {fleet.max_num_seqs} sequences of {min(longest, USUAL_TOKENS)} positions, the longest {longest}"

@@ -65,7 +65,13 @@ def _geometry(model: ModelOptions, *, on_cuda: bool = False) -> Geometry | None:
     if model.num_ranks == 1 or folder is None:
         return None
     with contextlib.suppress(GeometryError):
-        return read_geometry(folder, model.kind or kind_of(folder), dtype=model.dtype, on_cuda=on_cuda)
+        return read_geometry(
+            folder,
+            model.kind or kind_of(folder),
+            dtype=model.dtype,
+            on_cuda=on_cuda,
+            quantization=model.quantization,
+        )
     return None
 
 

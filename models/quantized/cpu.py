@@ -1,16 +1,17 @@
 """Quantised products on CPU, by the kernels torch has: oneDNN's int8 (AMX, VNNI) and torch's own int4.
 
 int8 weights, activations to 15 bits: every row of activations is written as 128 * high + low in units of its greatest
-/ 16256, and both int8 halves are multiplied at once, stacked. Sums of whole numbers are exact, so a row's result does
-not depend on its batch in any dtype, which bfloat16 products cannot promise; and half the bytes are read. torch's
-`_weight_int8pack_mm` is faster for neither 1 nor 4 rows, and takes 20 times as long for 256. Microseconds of a product
-of 4096 x 1024, one thread, out of memory (Xeon with AMX, torch 2.13):
+/ 16256, and both int8 halves are multiplied, for few rows at once, stacked. Sums of whole numbers are exact, so a row's
+result does not depend on its batch in any dtype, which bfloat16 products cannot promise; and half the bytes are read.
+Microseconds of a product of 4096 x 1024, two threads, weights out of memory (Xeon with AMX, torch 2.13):
 
-    rows                            1      4      8     32    128    512
-    bfloat16, packed              968    841    744    954   1446   8018
-    int8 halves, rows doubled     385    380    410    700   1500   8500   (read off 2, 8, 16, 64, 256, 1024 rows)
-    _weight_int8pack_mm           938    945   1711   5893
-    _weight_int4pack_mm           287    519   1026   4427
+    rows                            1      4     32     64    128    512
+    bfloat16, packed              404    449    508    510    726   2306
+    int8 halves                   332    368    671    919   1486   5253
+    _weight_int4pack_mm           203    350   2301
+
+So on a machine with AMX both are for few sequences and for memory; its bfloat16 is faster for many rows. torch's
+`_weight_int8pack_mm` is slower than the halves from 4 rows on, and takes six times as long for 32.
 
 fp8 has no kernel worth the name here: oneDNN's takes thirty times as long as bfloat16.
 
@@ -30,6 +31,9 @@ HALF = 128
 """Of a whole number up to 127 * 128 the high half is it divided by this, rounded; the low half is in [-64, 64]."""
 MOST = 127 * HALF
 
+SPLIT_ROWS = 256
+"""Rows from which on the halves are multiplied one after the other, the second added to the first in its last pass:
+weights are read twice, results (float32, twice the rows) moved less. 5253 against 8767 us for 512 rows, above."""
 INT4_ROWS = 32
 """Rows up to which torch's int4 kernel is called; it takes as long for each. Above, the matrix is dequantised for the
 call, which takes about as long as 40 rows."""
@@ -75,11 +79,15 @@ class Int8Product:
         halves = torch.empty(2, *x_TD.shape, dtype=torch.int8)
         halves[0].copy_(high_TD)
         halves[1].copy_(whole_TD.sub_(high_TD, alpha=HALF))
-        y_TE = _multiply_int8(halves.view(2 * num_rows, -1), self._weight, self._scale_E, self._no_zero_E)
-        low_TE = y_TE[num_rows:].add_(y_TE[:num_rows], alpha=HALF).mul_(unit_T1)
+        given = self._weight, self._scale_E, self._no_zero_E
+        if num_rows < SPLIT_ROWS:
+            both_TE = _multiply_int8(halves.view(2 * num_rows, -1), *given)
+            y_TE = both_TE[num_rows:].add_(both_TE[:num_rows], alpha=HALF)
+        else:
+            y_TE = _add_int8(_multiply_int8(halves[0], *given, factor=float(HALF)), halves[1], *given)
         if bias_E is not None:
-            low_TE.add_(bias_E)
-        return low_TE.to(x_TD.dtype)
+            return y_TE.mul_(unit_T1).add_(bias_E).to(x_TD.dtype)
+        return torch.mul(y_TE, unit_T1, out=torch.empty(y_TE.shape, dtype=x_TD.dtype))
 
 
 class Int4Product:
@@ -147,10 +155,19 @@ _onednn: Any = torch.ops.onednn
 
 
 def _multiply_int8(
-    x_TD: torch.Tensor, packed: torch.Tensor, scale_E: torch.Tensor, no_zero_E: torch.Tensor
+    x_TD: torch.Tensor, packed: torch.Tensor, scale_E: torch.Tensor, no_zero_E: torch.Tensor, *, factor: float = 1.0
 ) -> torch.Tensor:
-    """float32 [T, E] of int8 [T, D] and packed int8 weights."""
+    """float32 [T, E] of int8 [T, D] and packed int8 weights, times `factor`."""
     y: torch.Tensor = _onednn.qlinear_pointwise(
-        x_TD, 1.0, 0, packed, scale_E, no_zero_E, None, 1.0, 0, torch.float32, "none", [], ""
+        x_TD, factor, 0, packed, scale_E, no_zero_E, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    return y
+
+
+def _add_int8(
+    sum_TE: torch.Tensor, x_TD: torch.Tensor, packed: torch.Tensor, scale_E: torch.Tensor, no_zero_E: torch.Tensor
+) -> torch.Tensor:
+    """The same product added to `sum_TE`, in its memory."""
+    given = x_TD, 1.0, 0, packed, scale_E, no_zero_E, sum_TE, None, 1.0, 0, torch.float32, 1.0, 0
+    y: torch.Tensor = _onednn.qlinear_pointwise.binary(*given, "sum", 1.0, "none", [], "")
     return y

@@ -131,6 +131,9 @@ class PackedFormat:
             # Of int8, 128 more is the same bits with the highest one turned.
             matrix.values[rows].copy_(octets if scheme.bits == 4 else (octets ^ 128).view(torch.int8))
 
+        values_bytes = matrix.values[rows].nbytes
+        scale_bytes = matrix.nbytes * count // matrix.values.shape[0] - values_bytes
+
         def fill_scale(tensor: torch.Tensor) -> None:
             matrix.scale_EG[rows].copy_(tensor)
 
@@ -147,16 +150,11 @@ class PackedFormat:
                 (1, per_number),
                 (torch.int32,),
                 num_weights=count * matrix.in_features,
-                num_bytes=matrix.values[rows].nbytes,
+                num_bytes=values_bytes,
             ),
-            Stored(
-                "weight_scale", (count, num_groups), fill_scale, (1, scheme.group),
-                num_bytes=matrix.scale_EG[rows].nbytes,
-            ),
-        ]  # fmt: skip
+            Stored("weight_scale", (count, num_groups), fill_scale, (1, scheme.group), num_bytes=scale_bytes),
+        ]
         if scheme.has_zero:
             shape = (-(-count // per_number), num_groups)
-            zeros = Stored("weight_zero_point", shape, fill_zero, (per_number, scheme.group), (torch.int32,),
-                           num_bytes=matrix.scale_EG[rows].nbytes)  # fmt: skip
-            stored.append(zeros)
+            stored.append(Stored("weight_zero_point", shape, fill_zero, (per_number, scheme.group), (torch.int32,)))
         return stored

@@ -34,7 +34,8 @@ class QuantizedMatrix:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale_EG.nbytes + (0 if self.zero_EG is None else self.zero_EG.nbytes)
+        """As the device holds it: int4 always with zero points."""
+        return self.scheme.num_bytes(self.values.shape[0], self.in_features, self.scale_EG.itemsize)
 
     @torch.no_grad()
     def quantize(self, rows: slice, weight_RD: torch.Tensor) -> None:

@@ -107,6 +107,7 @@ def image_estimates(model: ImageGeometry, fleet: Fleet, *, driver_bytes: int) ->
 
 def _text(model: TextGeometry, fleet: Fleet, size: int, num_stages: int) -> Estimate:
     weights = model.weight_bytes(num_stages, size)
+    num_weights = max(model.rank_parameters(*divmod(rank, size), num_stages, size) for rank in range(len(weights)))
     longest = min(fleet.max_model_len or model.max_positions, model.max_positions)
     usual = min(longest, USUAL_TOKENS)
     room = [fleet.device_bytes - held - _activation_bytes(model, fleet, size) for held in weights]
@@ -119,7 +120,7 @@ def _text(model: TextGeometry, fleet: Fleet, size: int, num_stages: int) -> Esti
         """Of `num_seqs` sequences in as many batches as there are stages, until each has a token."""
         batch = -(-num_seqs // num_stages)
         read = max(held + each * batch * usual for held, each in zip(weights, kv_each, strict=True))
-        computed = 2 * max(weights) / model.bytes_per_weight * batch
+        computed = 2 * num_weights * batch
         traffic = tensor_traffic(model, size, num_tokens=batch, num_rows=batch)
         traffic += pipeline_traffic(model, num_stages, num_tokens=batch)
         return traffic, num_stages * max(read / MEMORY_BYTES_PER_S, computed / FLOPS) + traffic.seconds(fleet.link)

@@ -22,10 +22,13 @@ _LATENT_FACTOR = 8
 """Pixels per latent element, each way, where the VAE does not say."""
 
 
-def read_geometry(folder: Path, kind: str, *, dtype: str = "auto", on_cuda: bool = False) -> Geometry:
+def read_geometry(
+    folder: Path, kind: str, *, dtype: str = "auto", on_cuda: bool = False, quantization: str | None = None
+) -> Geometry:
     """The geometry of the model in `folder`. Raises GeometryError for what is not among the known shapes."""
     if kind == "text":
-        return read_text(_read_json(folder / "config.json"), dtype=dtype, on_cuda=on_cuda)
+        config = _read_json(folder / "config.json")
+        return read_text(config, dtype=dtype, on_cuda=on_cuda, quantization=quantization)
     vae = folder / "vae" / "config.json"
     channels = _read_json(vae).get("block_out_channels") if vae.is_file() else None
     factor = 2 ** (len(channels) - 1) if isinstance(channels, list) and channels else _LATENT_FACTOR

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.parallel import even_share, head_share, layer_range, vocabulary_share
+from models.quantized.scheme import ON_LOAD, Scheme
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number, by the name of its data type."""
@@ -39,6 +40,8 @@ class TextGeometry:
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_mlp_bias: bool = False
+    scheme: Scheme | None = None
+    """Of the layers' matrices, where they are quantised."""
 
     kind = "text"
 
@@ -62,6 +65,7 @@ class TextGeometry:
         """Per rank, in the order of ranks: stage * tensor_size + tensor rank."""
         return [
             self.rank_parameters(stage, rank, num_stages, tensor_size) * self.bytes_per_weight
+            - len(layer_range(self.num_layers, stage, num_stages)) * self._saved_bytes(rank, tensor_size)
             for stage in range(num_stages)
             for rank in range(tensor_size)
         ]
@@ -73,22 +77,41 @@ class TextGeometry:
         return 2 * layers * heads * self.head_dim * self.bytes_per_weight
 
     def _layer_parameters(self, rank: int, size: int) -> int:
-        hidden, inner = self.hidden_size, len(even_share(self.intermediate_size, rank, size))
-        query = len(head_share(self.num_heads, rank, size)) * self.head_dim
-        qkv = query + 2 * len(head_share(self.num_kv_heads, rank, size)) * self.head_dim
-        held = qkv * (hidden + self.has_qkv_bias) + query * hidden + 3 * hidden * inner
+        (qkv, hidden), (_, query), (both, _), _ = matrices = self._matrices(rank, size)
+        held = sum(rows * columns for rows, columns in matrices) + qkv * self.has_qkv_bias
         # A row-split matrix's bias is added once, after the sum.
         has_row_bias = rank == 0
-        held += hidden * has_row_bias * (self.has_output_bias + self.has_mlp_bias) + 2 * inner * self.has_mlp_bias
+        held += hidden * has_row_bias * (self.has_output_bias + self.has_mlp_bias) + both * self.has_mlp_bias
         # The norm of queries and keys lies in memory once for every head.
         num_normed = (query + (qkv - query) // 2) * self.has_qk_norm
         return held + 2 * hidden + num_normed
 
+    def _matrices(self, rank: int, size: int) -> list[tuple[int, int]]:
+        """Output and input features: of queries, keys and values; of attention's output; of gate and up; of down."""
+        hidden, inner = self.hidden_size, len(even_share(self.intermediate_size, rank, size))
+        query = len(head_share(self.num_heads, rank, size)) * self.head_dim
+        qkv = query + 2 * len(head_share(self.num_kv_heads, rank, size)) * self.head_dim
+        return [(qkv, hidden), (hidden, query), (2 * inner, hidden), (hidden, inner)]
 
-def read_text(config: dict[str, Any], *, dtype: str = "auto", on_cuda: bool = False) -> TextGeometry:
-    """The geometry in a `config.json`. `dtype`: of the option's values; auto is as stored, on CUDA of 16 bits.
+    def _saved_bytes(self, rank: int, size: int) -> int:
+        """In a layer, by its matrices being quantised."""
+        if self.scheme is None:
+            return 0
+        return sum(
+            rows * columns * self.bytes_per_weight
+            - self.scheme.fitted(columns).num_bytes(rows, columns, self.bytes_per_weight)
+            for rows, columns in self._matrices(rank, size)
+        )
 
-    Raises GeometryError for a family that is not among `_FAMILIES`, for quantised weights and for missing numbers.
+
+def read_text(
+    config: dict[str, Any], *, dtype: str = "auto", on_cuda: bool = False, quantization: str | None = None
+) -> TextGeometry:
+    """The geometry in a `config.json`. `dtype`, `quantization`: of the options' values; auto is as stored, on CUDA of
+    16 bits.
+
+    Raises GeometryError for a family that is not among `_FAMILIES`, for quantised weights in forms that are not
+    computed or that differ between the layers' matrices, and for missing numbers.
     """
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else config.get("model_type")
@@ -97,8 +120,6 @@ def read_text(config: dict[str, Any], *, dtype: str = "auto", on_cuda: bool = Fa
         raise GeometryError(
             f"{architecture!r} is not among the architectures whose split is known ({', '.join(_FAMILIES)})"
         )
-    if "quantization_config" in config:
-        raise GeometryError("quantization_config is set: the bytes of packed weights are not reckoned here")
     num_heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     head_dim = int(config.get("head_dim") or (128 if family == "qwen3" else hidden // num_heads))
     bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3")
@@ -118,7 +139,22 @@ def read_text(config: dict[str, Any], *, dtype: str = "auto", on_cuda: bool = Fa
         has_qkv_bias=bias or family == "qwen2",
         has_output_bias=bias,
         has_mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        scheme=_read_scheme(config, quantization, on_cuda=on_cuda),
     )
+
+
+def _read_scheme(config: dict[str, Any], quantization: str | None, *, on_cuda: bool) -> Scheme | None:
+    """Of the layers' matrices as they will be held. On CPU fp8 is held as floats."""
+    if "quantization_config" not in config:
+        return None if quantization is None else ON_LOAD[quantization]
+    from models.quantize import Quantization  # torch, which takes seconds to import
+    from models.text.base import ModelError
+
+    try:
+        scheme = Quantization.of(config, quantization).only_scheme(_count(config, "num_hidden_layers"))
+    except ModelError as error:
+        raise GeometryError(str(error)) from None
+    return None if scheme is not None and scheme.values == "fp8" and not on_cuda else scheme
 
 
 def number_bytes(stored: Any, *, dtype: str = "auto", on_cuda: bool = False) -> int:

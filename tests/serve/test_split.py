@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from quantized_folders import compressed, group_of
 from tiny import FAMILIES, tiny_config
 
 from models.parallel import Place
+from models.quantize import Quantization
 from models.registry import NATIVE
 from models.text.decoder import Decoder
 from models.text.decoder_rank import DecoderRank
@@ -54,6 +56,33 @@ def test_weight_bytes_are_those_of_each_rank(family, num_stages, size):
         parts = {"dtype": torch.float32, "device": META, "num_positions": 1}
         model = Decoder(architecture, **parts) if place.is_alone else DecoderRank(architecture, place, **parts)
         assert num_bytes == sum(parameter.nbytes for parameter in model.parameters().values()), rank
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(("num_stages", "size"), [(1, 1), (2, 2)])
+def test_weight_bytes_of_quantised_matrices_are_those_of_each_rank(quantization, num_stages, size):
+    """Groups are as large as a row's features allow."""
+    shape = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 4}
+    config = config_of("qwen3", **shape)
+    reckoned = read_text(config, on_cuda=True, dtype="bfloat16", quantization=quantization)
+    scheme = Quantization.of(config, quantization)
+    architecture = NATIVE[config["architectures"][0]](config)
+    for rank, num_bytes in enumerate(reckoned.weight_bytes(num_stages, size)):
+        place = Place(rank % size, size, rank // size, num_stages)
+        parts = {"dtype": torch.bfloat16, "device": META, "num_positions": 1, "quantization": scheme}
+        model = Decoder(architecture, **parts) if place.is_alone else DecoderRank(architecture, place, **parts)
+        assert num_bytes == sum(parameter.nbytes for parameter in model.parameters().values()), rank
+    assert reckoned.num_parameters == read_text(config).num_parameters
+
+
+def test_weight_bytes_of_a_quantised_checkpoint_are_those_of_its_own_form():
+    config = config_of("qwen3", hidden_size=128, intermediate_size=256)
+    stored = compressed("pack-quantized", group_of("group", bits=4, group_size=128))
+    reckoned = read_text({**config, "quantization_config": stored}).weight_bytes()
+    assert reckoned == read_text(config, quantization="int4").weight_bytes()
+    stored["ignore"].append("re:.*layers.0.*")
+    with pytest.raises(GeometryError, match="in different forms"):
+        read_text({**config, "quantization_config": stored})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -78,6 +78,12 @@ def test_rows_have_the_same_bits_in_any_batch_of_int8(num_rows: int, seed: int, 
     assert not together[seed % num_rows].any()
 
 
+def test_rows_have_the_same_bits_in_a_batch_whose_halves_are_multiplied_one_by_one() -> None:
+    product, _ = product_of(SCHEMES["int8"], torch.float32)
+    x = torch.randn(cpu.SPLIT_ROWS + 5, 256, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(product(x, None), torch.cat([product(rows, None) for rows in x.split(7)]))
+
+
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES.values() if scheme.values == "int4"], ids=str)
 def test_rows_have_the_same_bits_in_small_batches_of_int4(scheme: Scheme) -> None:
     product, _ = product_of(scheme, torch.bfloat16)
