@@ -21,8 +21,10 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
     FluxTransformerBlock,
 )
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +34,9 @@ from models.kernels.rms_norm import rms_norm
 
 
 def fuse_blocks(transformer: nn.Module) -> None:
-    """Have the blocks of `transformer` compute so, as far as they do what is done here."""
+    """Have the blocks of `transformer` compute so, if it is one of those, as far as they do what is done here."""
+    if not isinstance(transformer, DiTTransformer2DModel | SD3Transformer2DModel | FluxTransformer2DModel):
+        return
     for module in transformer.modules():
         if type(module) in _FORWARDS and not _has_more(module):
             module.forward = MethodType(_FORWARDS[type(module)], module)

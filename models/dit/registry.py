@@ -87,10 +87,11 @@ def load_dit(
         _own_solver(index)
     loaded = {} if part is None else {"transformer": part.transformer}
     pipeline = load_pipeline(index, device=device, dtype=dtype or torch.float32, load_format=load_format, loaded=loaded)
-    if family is not None and part is None and has_kernels(device):
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is not None and part is None and has_kernels(device):
         from models.dit.fused_blocks import fuse_blocks
 
-        fuse_blocks(pipeline.transformer)
+        fuse_blocks(transformer)
     return (family.build if family else _stock)(pipeline, index, defaults)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from launches import counted_launches
-from tiny_pipelines import dit_pipeline, finish, flux_pipeline, sd3_pipeline
+from tiny_pipelines import dit_pipeline, finish, flux_pipeline, save, sd3_pipeline
 
 from models.dit.fused_blocks import fuse_blocks
+from models.dit.pipeline import StockPipeline
+from models.dit.registry import load_dit
 
 random = torch.Generator().manual_seed(0)
 TIMES = torch.tensor([700.0, 20.0, 333.0])
@@ -84,3 +88,8 @@ if __name__ == "__main__":
         after = [num_launches(fused, inputs, blocks) for blocks in lists]
         assert all(few < many for few, many in zip(after, before)), (before, after)
         print(f"equal: {name}, launches of a block {before} -> {after}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_dit(save(flux_pipeline(), Path(scratch) / "flux"), device=torch.device("cpu"))
+    assert isinstance(loaded, StockPipeline)
+    block = loaded._pipeline.transformer.transformer_blocks[0]
+    assert "forward" in vars(block), "a stock pipeline's blocks are left as they are"
