@@ -1,4 +1,4 @@
-"""On a CUDA device: decode graphs find each step's inputs where its one copy lays them, and keep within their memory."""
+"""On a CUDA device: decode graphs find a step's inputs where its one copy lays them, and keep within their memory."""
 
 from __future__ import annotations
 
