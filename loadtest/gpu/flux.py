@@ -16,6 +16,7 @@ import torch
 from loadtest.gpu.bench import Bench
 from loadtest.gpu.limits import DeviceLimits
 from loadtest.gpu.timing import Stopwatch
+from models.kernels.available import has_kernels
 
 TEXT_TOKENS = 512
 
@@ -72,28 +73,53 @@ TINY = FluxShape(
 
 
 def measure(bench: Bench, limits: DeviceLimits, folder: Path, rows_of_steps: tuple[int, ...]) -> None:
-    """One row for each number of rows."""
+    """One row for each number of rows, with diffusers' blocks, then with ours where there are kernels for them."""
     shape = TINY if bench.is_rehearsal else DEV
     dtype = torch.float32 if bench.is_rehearsal else torch.bfloat16
     transformer = load(folder, shape, bench.device, dtype)
-    stopwatch = Stopwatch(bench.device, seconds=2.0, empties_cache=False)
-    for rows in rows_of_steps:
-        if not bench.has_time(f"FLUX, {rows} rows", 0 if bench.is_rehearsal else 4 + 2 * rows):
-            continue
-        inputs = example(shape, rows, bench.device, dtype)
-        with torch.inference_mode():
-            step_s = stopwatch(lambda inputs=inputs: transformer(**inputs, return_dict=False)).median_s
-        bench.row(
-            "images",
-            model=f"FLUX.1-dev shape {shape.side}x{shape.side}",
-            dtype=str(dtype).removeprefix("torch."),
-            rows=rows,
-            step_ms=1e3 * step_s,
-            matmul_share=rows * shape.row_flop / step_s / limits.matmul_flop_s,
-            row_steps_s=rows / step_s,
-            steps=28,
-            images_s=rows / (28 * step_s),
-        )
+    for how in ("diffusers' blocks", "fused blocks"):
+        if how == "fused blocks" and not _fuse(transformer):
+            bench.note("FLUX with fused blocks: there are no kernels for them here")
+            return
+        for rows in rows_of_steps:
+            if bench.has_time(f"FLUX, {how}, {rows} rows", 0 if bench.is_rehearsal else 4 + 2 * rows):
+                _measure(bench, limits, shape, dtype, transformer, how, rows)
+
+
+def _measure(
+    bench: Bench,
+    limits: DeviceLimits,
+    shape: FluxShape,
+    dtype: torch.dtype,
+    transformer: Any,
+    how: str,
+    rows: int,
+) -> None:
+    inputs = example(shape, rows, bench.device, dtype)
+    stopwatch = Stopwatch(bench.device, seconds=1.5, empties_cache=False)
+    with torch.inference_mode():
+        step_s = stopwatch(lambda: transformer(**inputs, return_dict=False)).median_s
+    bench.row(
+        "images",
+        model=f"FLUX.1-dev shape {shape.side}x{shape.side}",
+        how=how,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=rows,
+        step_ms=1e3 * step_s,
+        matmul_share=rows * shape.row_flop / step_s / limits.matmul_flop_s,
+        row_steps_s=rows / step_s,
+        steps=28,
+        images_s=rows / (28 * step_s),
+    )
+
+
+def _fuse(transformer: Any) -> bool:
+    from models.dit.fused_blocks import fuse_blocks
+
+    if not has_kernels(transformer.device):
+        return False
+    fuse_blocks(transformer)
+    return True
 
 
 def load(folder: Path, shape: FluxShape, device: torch.device, dtype: torch.dtype) -> Any:

@@ -169,6 +169,7 @@ TABLES = {
         "Denoise steps",
         {
             "model": "model",
+            "how": "how",
             "rows": "rows",
             "step_ms": "step, ms",
             "matmul_share": "% of the measured matrix rate",
