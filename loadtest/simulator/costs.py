@@ -21,9 +21,9 @@ class Costs:
     """Gateway: HTTP, checks, tokens, submit, end of the stream; without ranking."""
     token_s: float = 47e-6
     """Gateway: an output token as an event of its own."""
-    listed_s: float = 0.4e-6
+    listed_s: float = 0.67e-6
     """Gateway: placing a request, for each replica of its model."""
-    candidate_s: float = 3.7e-6
+    candidate_s: float = 5.5e-6
     """Gateway: ranking, for each replica that is looked at."""
     block_s: float = 1.1e-6
     """Gateway: ranking, for each block of a prompt's hashes."""
@@ -33,11 +33,11 @@ class Costs:
     """Replica: a load report that leaves."""
     push_s: float = 38e-6
     """Hub: a snapshot of a process, once a second."""
-    change_s: float = 60e-6
+    change_s: float = 90e-6
     """Hub: a change of the list of a thousand replicas, told to nobody yet."""
     follower_s: float = 4e-6
     """Hub: telling one gateway of a change."""
-    update_s: float = 1e-6
+    update_s: float = 0.86e-6
     """Gateway: a change of the list, for each replica on it."""
 
     def rank_s(self, num_replicas: int, num_drawn: int, num_prompt: int, block_size: int = 16) -> float:
@@ -76,6 +76,10 @@ class Costs:
     def announce_s(self, num_gateways: int) -> float:
         """Hub: one change of the list of replicas, told to all gateways."""
         return self.change_s + num_gateways * self.follower_s
+
+    def adopt_s(self, num_replicas: int) -> float:
+        """Gateway: the same, once it is told."""
+        return num_replicas * self.update_s
 
 
 NOTHING = Costs(

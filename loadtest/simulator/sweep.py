@@ -79,6 +79,7 @@ def at_size(sweep: Sweep, num_replicas: int) -> tuple[Run, dict[str, Any]]:
         "loads": loads,
         "first": max(loads, key=lambda name: loads[name]),
         "announce_s": sweep.costs.announce_s(num_gateways),
+        "adopt_s": sweep.costs.adopt_s(num_replicas),
     }
     return done, row
 

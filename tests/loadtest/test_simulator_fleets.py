@@ -75,8 +75,9 @@ def test_shares_of_a_core_add_up_by_hand():
     assert loads["gateway: tokens"] == pytest.approx(0.1)
     assert loads["gateway: load reports"] == pytest.approx(100 * 10 * 1e-5)
     assert loads["hub: pushes"] == pytest.approx(104 * 1e-4)
-    told = replace(NOTHING, change_s=1e-4, follower_s=1e-5)
+    told = replace(NOTHING, change_s=1e-4, follower_s=1e-5, update_s=1e-6)
     assert told.announce_s(4) == pytest.approx(1e-4 + 4e-5)
+    assert told.adopt_s(1000) == pytest.approx(1e-3)
 
 
 def test_a_gateway_that_ranks_a_few_draws_others_each_time():
