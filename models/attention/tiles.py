@@ -25,8 +25,10 @@ from models.attention.base import TokenLayout
 
 MAX_PARTS = 128
 """Of a tile; the reduction holds a number for each."""
-_LEAST_PART = 128
-"""Keys of a part, at least: two iterations; below, starting a program takes longer than its work."""
+_STEP = 64
+"""Keys of an iteration at most, of which parts are multiples."""
+_LEAST_PART = 2 * _STEP
+"""Keys of a part, at least; below, starting a program takes longer than its work."""
 _MANY_WAVES = 16
 """With so many tiles per program slot of the device nothing is split: they even out, and no reduction is needed."""
 
@@ -101,7 +103,7 @@ def _split(
         num_extra = 0
     length_M = tiles_M4[:, 2] + tiles_M4[:, 3]
     # With parts of total / extra keys, a part begun in vain per tile is the most that there can be too many.
-    part = max(_LEAST_PART, -(-int(length_M.sum()) // num_extra)) if num_extra else 1 << 30
+    part = max(_LEAST_PART, -(-int(length_M.sum()) // (num_extra * _STEP)) * _STEP) if num_extra else 1 << 30
     parts_M = np.minimum(-(-length_M // part), MAX_PARTS).astype(np.int32)
     first_M = np.cumsum(parts_M, dtype=np.int32) - parts_M
     tile_I = np.repeat(np.arange(num_tiles, dtype=np.int32), parts_M)

@@ -71,6 +71,9 @@ class TritonAttention:
             num_processors = torch.cuda.get_device_properties(spec.device).multi_processor_count if is_cuda else 1
         self._sizes = _sizes(spec, self._padded_head, num_processors)
         self._nothing = torch.empty(1, dtype=torch.float32, device=spec.device)
+        self._empty_table = torch.zeros(1, 6, dtype=torch.int32, device=spec.device)
+        self._compiled: set[tuple[int | None, bool]] = set()
+        """Windows, and whether scores are capped, for which all kernels are there."""
         self._shape = {
             "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
@@ -162,9 +165,18 @@ class TritonAttention:
     ) -> torch.Tensor:
         q_TNH = _with_dense_heads(q_TNH)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        for launch in plan.launches:
+        launches = plan.launches
+        if (window, softcap is not None) not in self._compiled:
+            launches = [*self._empty_launches(), *launches]
+            self._compiled.add((window, softcap is not None))
+        for launch in launches:
             self._launch(launch, q_TNH, out_TNH, kv, plan, scale, window, softcap)
         return out_TNH
+
+    def _empty_launches(self) -> list[_Launch]:
+        """One of each tile size, of an item without parts: so that kernels are compiled before requests need them."""
+        sizes = {16, self._sizes.small_rows, self._sizes.chunk_rows}
+        return [_Launch(self._empty_table, self._empty_table, rows, 1, False) for rows in sorted(sizes)]
 
     def _store(self, new_T2KH: torch.Tensor, kv: torch.Tensor, plan: _Plan) -> None:
         new_T2KH = _with_dense_heads(new_T2KH)
@@ -251,8 +263,9 @@ def launch_options(spec: KVCacheSpec, num_rows: int) -> dict[str, Any]:
     """
     if spec.dtype == torch.float32:  # exact products, which only plain arithmetic units compute
         return {"keys": 16, "num_warps": 4, "num_stages": 3}
-    keys = 64 if spec.head_dim <= 128 else 32
-    return {"keys": keys, "num_warps": 8 if num_rows >= 128 else 4, "num_stages": 3 if num_rows == 64 else 5}
+    is_wide = spec.head_dim > 128
+    num_warps = 8 if num_rows >= (64 if is_wide else 128) else 4
+    return {"keys": 32 if is_wide else 64, "num_warps": num_warps, "num_stages": 3 if num_rows == 64 else 5}
 
 
 def _sizes(spec: KVCacheSpec, padded_head: int, num_processors: int) -> TileSizes:

@@ -43,7 +43,8 @@ def store(
     at = new_ptr + token * token_stride + head * head_dim + lane
     key = tl.load(at, mask=is_lane, other=0.0)
     value = tl.load(at + value_offset, mask=is_lane, other=0.0)
-    slot, num_slots = head * block_size + place, 2 * num_kv_heads * block_size
+    num_slots: tl.constexpr = 2 * num_kv_heads * block_size
+    slot = head * block_size + place
     _write(key, kv_ptr, scales_ptr, block, slot, lane, num_slots, head_dim)
     _write(value, kv_ptr, scales_ptr, block, slot + num_slots // 2, lane, num_slots, head_dim)
 
@@ -93,7 +94,8 @@ def rotate_and_store(
         k_1H = _normed(k_1H, tl.load(norm_ptr + key_at, mask=is_lane, other=0.0)[None, :], eps, head_dim)
     key = tl.reshape(_rotated(k_1H, cos, sin, 1, padded_head), [padded_head]).to(qkv_ptr.dtype.element_ty)
     value = tl.load(token_ptr + key_at + num_kv_heads * head_dim, mask=is_lane, other=0.0)
-    slot, num_slots = head * block_size + place, 2 * num_kv_heads * block_size
+    num_slots: tl.constexpr = 2 * num_kv_heads * block_size
+    slot = head * block_size + place
     _write(key, kv_ptr, scales_ptr, block, slot, lane, num_slots, head_dim)
     _write(value, kv_ptr, scales_ptr, block, slot + num_slots // 2, lane, num_slots, head_dim)
 
@@ -130,7 +132,7 @@ def _write(row, kv_ptr, scales_ptr, block, slot, lane, num_slots: tl.constexpr, 
     if is_quantized:
         x = row.to(tl.float32)
         largest = tl.max(tl.abs(x), 0)
-        most = 127.0 if kind == tl.int8 else 448.0
+        most: tl.constexpr = 127.0 if kind == tl.int8 else 448.0
         scale = tl.where(largest < 1e-30, 1.0, tl.math.div_rn(largest, tl.full([], most, tl.float32)))
         x = tl.math.div_rn(x, tl.zeros_like(x) + scale)
         row = tl.floor(x + 0.5) if kind == tl.int8 else _rounded_to_e4m3(x)
