@@ -114,7 +114,12 @@ def measure(bench: Bench, limits: DeviceLimits) -> None:
         for backend in (name for name in NAMES if name not in ("auto", "cpu")):
             if backend == "sdpa" and (len(case.sequences) > 64 or case.context > 8192):
                 continue  # it takes sequences one by one, with masks as large as their scores: no contender
-            about = {"phase": case.phase, "shape": case.shape, "kv": case.kv_dtype, "backend": backend}
+            about: dict[str, object] = {
+                "phase": case.phase,
+                "shape": case.shape,
+                "kv": case.kv_dtype,
+                "backend": backend,
+            }
             about |= {"sequences": len(case.sequences), "num_new": case.num_new, "context": case.context}
             try:
                 attention = make_attention(backend, spec, heads)

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from loadtest.gpu.bench import Bench, Outcome, WrongResult, read_outcome
+from loadtest.gpu.bench import Bench, Outcome, WrongResult, path_of, read_outcome
 from loadtest.gpu.machine import About
 from loadtest.gpu.page import write_page
 from loadtest.gpu.tables import told
@@ -96,8 +96,13 @@ def run_all(out: Path, parts: list[str], total_s: float, command: str, commit: s
     """Each part in a process of its own, killed when its seconds are over."""
     began = time.monotonic()
     for part in parts:
+        path_of(out, part).unlink(missing_ok=True)
         left = total_s - (time.monotonic() - began)
         seconds = left if rehearse else min(PARTS[part], left)
+        if seconds < _MARGIN_S:
+            nothing = Outcome(part, {"is_rehearsal": rehearse}, 0.0, "cut", error="no seconds were left for it")
+            nothing.write(out)
+            continue
         arguments = [part, "--out", str(out), "--budget", str(max(0.0, seconds - _MARGIN_S)), "--command", command]
         arguments += ["--commit", commit] if commit else []
         print(f"\n== {part}, {seconds:.0f} s", flush=True)

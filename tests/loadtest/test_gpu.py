@@ -153,6 +153,15 @@ def test_a_part_that_hangs_is_cut_and_keeps_its_rows(tmp_path, monkeypatch, capf
     assert "limits: cut" in capfd.readouterr().out
 
 
+def test_a_part_for_which_no_time_is_left_is_cut_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.subprocess, "Popen", lambda *_, **__: pytest.fail("begun"))
+    assert run_all(tmp_path, ["limits", "text"], 5.0, "a test", "c", True) == 1
+    outcomes = [read_outcome(tmp_path, part) for part in ("limits", "text")]
+    assert [outcome and (outcome.state, outcome.error) for outcome in outcomes] == [
+        ("cut", "no seconds were left for it")
+    ] * 2
+
+
 @pytest.mark.parametrize(("error", "state"), [(ValueError("no"), "failed"), (WrongResult("no"), "wrong")])
 def test_a_part_that_fails_says_so_and_keeps_its_rows(tmp_path, monkeypatch, error, state):
     def run(bench: Bench) -> None:
