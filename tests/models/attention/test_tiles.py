@@ -29,7 +29,7 @@ def parts_of(launch: Launch, tile: int) -> list[int]:
     return [part for of, part in launch.items_I2.tolist() if of == tile and part < launch.tiles_M6[tile, 5]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sequences, sizes, groups, kv_heads)
 def test_every_token_is_in_one_tile_and_every_part_of_it_in_one_item(pairs, sizes, num_groups, num_kv_heads):
     launches = cut(layout_of(pairs), sizes, num_groups=num_groups, num_kv_heads=num_kv_heads)

@@ -1,9 +1,10 @@
 """The Triton kernels beside the sdpa reference in float64. A script: Triton reads TRITON_INTERPRET when it is imported.
 
-TRITON_INTERPRET=1 python triton_cases.py        on CPU, by the interpreter
-python triton_cases.py                           compiled, where there is a GPU; bfloat16 too
+TRITON_INTERPRET=1 python triton_cases.py 12     on CPU, by the interpreter
+python triton_cases.py 12                        compiled, where there is a GPU; then in bfloat16, too
 
-The interpreter takes bfloat16 for integers in products, so float32 and float16 stand for it there.
+The argument is a number of random cases. The interpreter takes bfloat16 for integers in products, so float16 stands
+for it there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from models.attention.quantized_kv import quantize
 from models.attention.triton_paged import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 BOUNDS = {
     # Sums over at most 600 keys of products of numbers of size one, in another order than the oracle's.
     torch.float32: 4e-6,
@@ -72,9 +74,7 @@ def stated() -> list[Case]:
         Case([1, 25], [290, 64], heads=8, kv_heads=1, num_processors=4),
         Case([1, 25], [290, 64], heads=3, kv_heads=3, num_processors=4),
     ]
-    cases += [
-        Case([1, 3, 40], [200, 30, 50], heads=8, kv_heads=2, head_dim=dim, dtype=torch.float16) for dim in (64, 80, 128)
-    ]
+    cases += [Case([1, 3, 40], [200, 30, 50], heads=8, kv_heads=2, head_dim=dim, dtype=HALF) for dim in (64, 80, 128)]
     cases += [Case([1, 3, 20], [200, 30, 31], kv_dtype=kind, num_processors=4) for kind in ("fp8_e4m3", "int8")]
     return cases
 
@@ -98,7 +98,7 @@ def drawn(seed: int) -> Case:
         rng.choice([None, None, 2.0]),
         behind,
         rng.choice(["auto", "auto", "fp8_e4m3", "int8"]),
-        rng.choice([torch.float32, torch.float16]),
+        rng.choice([torch.float32, HALF]),
         rng.choice([1, 2, 8, 40]),
         seed,
     )
