@@ -95,7 +95,7 @@ class ForwardGraphs:
         self._model = model
         self._device = device
         self._budget = budget
-        self._capture = capture or _capture
+        self._capture = capture or _OwnMemory()
         self._trial = trial or DeviceTrial
         self._graphs: OrderedDict[_Shape, _Graph] = OrderedDict()
         self._prospects: OrderedDict[_Shape, _Prospect] = OrderedDict()
@@ -239,16 +239,21 @@ def _shape_of(latents_RCHW: Tensor, conditioning: Sequence[Conditioning]) -> _Sh
     )
 
 
-def _capture(forward: Forward) -> Captured:
-    """On CUDA, into memory of the graph's own. Waits for the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward()  # workspaces of libraries belong to a stream, and a capture cannot make them
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = forward()
-    return Captured(graph.replay, output, torch.cuda.memory_reserved() - before)
+class _OwnMemory:
+    """Captures on CUDA, each graph into memory of its own. Waits for the device."""
+
+    def __init__(self) -> None:
+        # One for all: libraries keep a workspace for every stream they have seen, and a capture cannot make it.
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, forward: Forward) -> Captured:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            forward()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            output = forward()
+        return Captured(graph.replay, output, torch.cuda.memory_reserved() - before)
