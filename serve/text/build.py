@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from models.attention.build import make_attention
 from models.parallel import ALONE
 from models.text.base import CausalLM
 from serve.compute import (
@@ -47,6 +48,7 @@ from serve.text.cache_size import CacheSize, cache_bytes, choose_cache_size
 from serve.text.draft_length import AdaptiveLength
 from serve.text.grammar_compiler import GrammarCompiler
 from serve.text.grammar_vocabulary import load_vocabulary
+from serve.text.graph_memory import measure_graphs
 from serve.text.kv_cache import KVCache
 from serve.text.load import attention_of, cache_of, load_model
 from serve.text.load_progress import LoadProgress
@@ -251,6 +253,16 @@ def _fit_runner(
     has_graphs = device.type == "cuda" and can_capture and not options.enforce_eager and loading is None
     max_rows_in_graph = options.max_num_seqs if has_graphs else 0
 
+    def measure_all_graphs() -> int:
+        if not max_rows_in_graph:
+            return 0
+        again = attention_of(options, cache, model.rank_spec.num_heads)
+        num_bytes = measure_graphs(model, again, cache, max_rows=max_rows_in_graph, max_drafts=max_drafts)
+        if draft is not None and extra is not None and getattr(draft, "is_capturable", False):
+            again = make_attention("auto", extra, draft.spec.num_heads)
+            num_bytes += measure_graphs(draft, again, extra, max_rows=max_rows_in_graph, max_drafts=1)
+        return num_bytes
+
     def measure() -> int:
         num_bytes = cache_bytes(
             options,
@@ -258,8 +270,7 @@ def _fit_runner(
             cache,
             max_num_tokens=max_num_tokens,
             num_replicas_here=num_replicas_here,
-            max_rows_in_graph=max_rows_in_graph,
-            max_drafts=max_drafts,
+            measure_graphs=measure_all_graphs,
         )
         return num_bytes // block_bytes
 
@@ -287,6 +298,8 @@ def _fit_runner(
                 num_blocks=size.num_blocks,
                 max_num_tokens=max_num_tokens,
                 overlaps=overlaps and loading is None,
+                max_rows_in_graph=max_rows_in_graph,
+                max_model_len=size.max_model_len,
             ),
             rejects=speculation is not None and speculation.rejection_sample_method == "standard",
             peers=None if loading is None else loading.peers(options),

@@ -89,6 +89,8 @@ def make_proposer(
     num_blocks: int,
     max_num_tokens: int,
     overlaps: bool,
+    max_rows_in_graph: int = 0,
+    max_model_len: int = 0,
 ) -> Proposer:
     """`overlaps`: the next step is begun before the host knows what became of the drafts."""
     if draft is None or cache is None:
@@ -102,6 +104,8 @@ def make_proposer(
         max_num_tokens=max_num_tokens,
         rejects=rejects,
         runs_ahead=overlaps and not rejects,
+        max_rows_in_graph=max_rows_in_graph if getattr(draft, "is_capturable", False) else 0,
+        max_model_len=max_model_len,
     )
 
 

@@ -7,6 +7,7 @@ CPU it is sized by need (some full-length sequences), within a share of the free
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.errors import ConfigError
 from serve.options import ModelOptions
-from serve.text.graph_memory import measure_graphs
 from serve.text.load import attention_of
 
 log = logging.getLogger(__name__)
@@ -70,22 +70,18 @@ def cache_bytes(
     max_num_tokens: int,
     num_replicas_here: int,
     has_logits: bool = True,
-    max_rows_in_graph: int = 0,
-    max_drafts: int = 0,
+    measure_graphs: Callable[[], int] = lambda: 0,
 ) -> int:
     """Memory for this rank's cache. On CUDA all ranks of a model measure together; `has_logits`: on its last stage.
 
-    Room is left for CUDA graphs of up to `max_rows_in_graph` rows with up to `max_drafts` drafts.
+    `measure_graphs`: what the CUDA graphs of a replica will take (`graph_memory.py`).
     """
     if spec.device.type == "cuda":
         if options.kv_cache_memory_bytes is not None:
             return options.kv_cache_memory_bytes
         num_scored = options.max_num_seqs if has_logits else 0
         step_bytes = _measure_step(options, model, spec, max_num_tokens=max_num_tokens, num_scored=num_scored)
-        graph_bytes = 0
-        if max_rows_in_graph:
-            attention = attention_of(options, spec, model.rank_spec.num_heads)
-            graph_bytes = measure_graphs(model, attention, spec, max_rows=max_rows_in_graph, max_drafts=max_drafts)
+        graph_bytes = measure_graphs()
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(spec.device)
         limit_bytes = int(total_bytes * options.gpu_memory_utilization)

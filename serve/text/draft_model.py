@@ -30,16 +30,21 @@ import numpy as np
 import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
-from models.staging import Staging
+from models.device_queue import DeviceQueue
+from models.staging import CAPACITY, Staging
 from models.text.base import CausalLM, StepContext
+from serve.text.cuda_graph import DecodeGraphs
 from serve.text.gumbel import Stream
 from serve.text.proposer import Proposed, Tails
 from serve.text.sampler import TokenSampler
 from serve.text.sequence import PENDING, Row
+from serve.text.step_inputs import StepInputs
 from serve.transfer import to_device
 
 _NEWEST, _BEFORE = 0, 1
 """Tokens that only the device knows: those of `Tails`."""
+_MOST_CAUGHT_UP = 2
+"""New tokens of a row that drafted in the step before: the newest, and the last draft when all held."""
 
 
 @dataclass(slots=True)
@@ -71,13 +76,30 @@ class DraftModel:
         max_num_tokens: int,
         rejects: bool = False,
         runs_ahead: bool = False,
+        max_rows_in_graph: int = 0,
+        max_model_len: int = 0,
+        queue: DeviceQueue | None = None,
     ):
+        """`max_rows_in_graph`: forwards of up to so many rows with one or two new tokens run as CUDA graphs, for which
+        `max_model_len` is needed. `queue`: as the runner's."""
         assert not (rejects and runs_ahead), "rejection sampling decides on drafts that the host knows"
         self.model = model
         self.runs_ahead = runs_ahead
         self._attention = attention
-        self._kv_cache = attention.allocate(num_blocks)
-        self._staging = Staging(cache.device)
+        self._kv_cache = attention.allocate(num_blocks + 1)
+        table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
+        self._staging = Staging(cache.device, CAPACITY + table_bytes, queue)
+        self.graphs: DecodeGraphs | None = None
+        if max_rows_in_graph:
+            self.graphs = DecodeGraphs(
+                model,
+                attention,
+                self._kv_cache,
+                staging=self._staging,
+                own_table=array("i", [num_blocks] * -(-_MOST_CAUGHT_UP // cache.block_size)),
+                max_rows=max_rows_in_graph,
+                max_width=_MOST_CAUGHT_UP,
+            )
         self._block_size = cache.block_size
         self._device = cache.device
         self._max_num_tokens = max_num_tokens
@@ -117,9 +139,7 @@ class DraftModel:
             chunk = self._follow(i, row) if row.num_in_doubt else self._chunk(i, row, left)
             chunks.append(chunk)
             left -= len(chunk.token_ids)
-            proposed.is_typical &= (
-                chunk.is_complete and len(chunk.token_ids) <= 2
-            )  # the newest, and the last draft when all held
+            proposed.is_typical &= chunk.is_complete and len(chunk.token_ids) <= _MOST_CAUGHT_UP
         if not chunks:
             return None
         behind_C = None
@@ -194,21 +214,30 @@ class DraftModel:
         newest_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`newest_P`: what PENDING stands for in `token_ids`."""
-        put = self._staging.put
-        ids_T = token_ids if isinstance(token_ids, torch.Tensor) else put(token_ids, torch.int64)
+        put, num_tokens = self._staging.put, sum(num_new)
+        ids = [0] * num_tokens if isinstance(token_ids, torch.Tensor) else token_ids
+        positions = [start + i for start, num in zip(starts, num_new) for i in range(num)]
+        tables = [self._cached[row.job.id].table for row in rows]
+        layout = TokenLayout(num_new, starts, tables, behind_R)
+        graphs = self.graphs if self.graphs is not None and self.graphs.covers(layout) else None
+        if graphs is not None:
+            inputs = graphs.put(ids, positions, layout)
+        else:
+            inputs = StepInputs.put(ids, positions, layout, self._attention, self._staging)
+        ids_T, positions_T = inputs.token_ids_T[:num_tokens], inputs.positions_T[:num_tokens]
         if newest_P is not None:
             places_P = put([i for i, token_id in enumerate(token_ids) if token_id == PENDING], torch.int64)
-        positions = [start + i for start, num in zip(starts, num_new) for i in range(num)]
-        positions_T = put(positions, torch.int64)
         rows_T = None if behind_R is None else put(np.repeat(np.arange(len(rows)), num_new), torch.int64)
-        tables = [self._cached[row.job.id].table for row in rows]
-        plan = self._attention.plan(TokenLayout(num_new, starts, tables, behind_R), self._staging)
         self._staging.send()
+        if isinstance(token_ids, torch.Tensor):
+            ids_T.copy_(token_ids)
         if newest_P is not None:
             ids_T[places_P] = newest_P
         if behind_R is not None:
             positions_T.sub_(behind_R[rows_T])
-        return self.model.forward(ids_T, positions_T, StepContext(self._attention, plan, self._kv_cache))
+        if graphs is not None:
+            return graphs.forward(inputs, layout)[:num_tokens]
+        return self.model.forward(ids_T, positions_T, StepContext(self._attention, inputs.plan, self._kv_cache))
 
     def _draw(self, drafting: _Drafting, sampler: TokenSampler, proposed: Proposed) -> torch.Tensor:
         """Append a draft to every row; all of them, on the device."""

@@ -35,6 +35,7 @@ class PromptLookup:
     """A `Proposer` by n-grams of `least` to `most` tokens."""
 
     runs_ahead = False
+    graphs = None
 
     def __init__(self, least: int, most: int):
         assert 1 <= least <= most

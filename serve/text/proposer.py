@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from serve.text.cuda_graph import DecodeGraphs
 from serve.text.sampler import Proposal, TokenSampler
 from serve.text.sequence import Row
 
@@ -54,6 +55,8 @@ class Proposer(Protocol):
     runs_ahead: bool
     """Whether drafts stay on the device: then it also continues rows whose newest token, or whose drafts of the step
     before, the host does not know."""
+    graphs: DecodeGraphs | None
+    """Of its forwards; the runner says when to capture."""
 
     def propose(self, rows: Seq[Row], sampler: TokenSampler, tails: Tails | None) -> Proposed:
         """Fill `drafts` of the rows that want some: at most `num_drafts`, fewer where it knows nothing.

@@ -88,9 +88,9 @@ class TokenRunner:
         """Allocates `num_blocks` blocks for the scheduler and one more of its own, where the canary lives.
 
         Steps of up to `max_rows_in_graph` rows with `max_drafts` drafts at most run as CUDA graphs, for which
-        `max_model_len` is needed. `rejects`:
-        drafts are verified by rejection sampling; else draws are coupled (`speculative.py`). `peers`: the other ranks,
-        of which this one is the driver. `queue`: what the device is told to do; None: the device's own.
+        `max_model_len` is needed. `rejects`: drafts are verified by rejection sampling; else draws are coupled
+        (`speculative.py`). `peers`: the other ranks, of which this one is the driver. `queue`: what the device is told
+        to do; None: the device's own.
         """
         self.model = model
         self.device = cache.device
@@ -129,6 +129,8 @@ class TokenRunner:
                 max_rows=max_rows_in_graph,
                 max_width=1 + max_drafts,
             )
+        of_drafts = None if proposer is None else proposer.graphs
+        self._all_graphs = [graphs for graphs in (self._graphs, of_drafts) if graphs is not None]
 
     # -- the contract ----------------------------------------------------------------------------------------------
 
@@ -170,21 +172,19 @@ class TokenRunner:
 
     def warm_up(self) -> None:
         """Compute once what is slow the first time, and note what the canary must answer from now on."""
+        with torch.inference_mode():
+            for graphs in self._all_graphs:  # before the canary wants a small one: the largest makes room for all
+                graphs.warm_up()
+            self._sampler.warm_up(self._rejects)
         self._canary_logits = self._canary()
         if not self._canary_logits.isfinite().all():
             raise DeviceFault("the model's very first logits are not finite; its weights or its dtype are unfit")
-        with torch.inference_mode():
-            self._sampler.warm_up(self._rejects)
-            if self._graphs is not None:
-                self._graphs.warm_up()
 
     def capture_next(self) -> bool:
         """Idle work: capture one more decode graph, False when none is left. Without memory for it steps do without."""
-        if self._graphs is None:
-            return False
         try:
             with torch.inference_mode():
-                return self._graphs.capture_next()
+                return any(graphs.capture_next() for graphs in self._all_graphs)
         except torch.OutOfMemoryError:
             log.warning("decode graphs end: no device memory is left for more")
             return False

@@ -7,7 +7,7 @@ from array import array
 import pytest
 import torch
 from async_device import AsyncQueue
-from flat_attention import BLOCK, FlatAttention
+from flat_attention import BLOCK, Captures, FlatAttention
 from tiny import tiny_model
 
 from models.attention.base import KVCacheSpec, TokenLayout
@@ -22,18 +22,6 @@ CPU = torch.device("cpu")
 NUM_BLOCKS = 40
 CAPACITY = 8192
 OWN_TABLE = array("i", [NUM_BLOCKS])
-
-
-class Captures:
-    """Stands in for CUDA: remembers how often it captured, and replays into the tensor of the capture."""
-
-    def __init__(self):
-        self.num = 0
-
-    def __call__(self, forward):
-        self.num += 1
-        hidden = forward().clone()
-        return (lambda: hidden.copy_(forward())), hidden
 
 
 @pytest.fixture(scope="module")
