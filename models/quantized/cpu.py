@@ -115,16 +115,17 @@ class Int4Product:
 
     def _dequantize(self) -> torch.Tensor:
         """weight_DE in the dtype of the scales, from blocks of 64 output features whose rows are input features."""
-        scale_zero = self._scale_zero_GE2
-        num_groups, out_features, _ = scale_zero.shape
+        num_groups, out_features, _ = self._scale_zero_GE2.shape
+        octets_DKC = self._weight.view(out_features // _BLOCK, -1, _BLOCK // 2).transpose(0, 1)
+        values_DKB = octets_DKC.new_empty(*octets_DKC.shape[:2], _BLOCK)
+        torch.bitwise_and(octets_DKC, 15, out=values_DKB[..., : _BLOCK // 2])
+        torch.bitwise_right_shift(octets_DKC, 4, out=values_DKB[..., _BLOCK // 2 :])
         order_B = _nibble_order()
-        octets_KDC = self._weight.view(out_features // _BLOCK, num_groups * self._group, _BLOCK // 2)
-        values_KDB = torch.cat((octets_KDC & 15, octets_KDC >> 4), dim=-1)
-        if order_B is not None and not _is_ascending(order_B):
-            values_KDB = values_KDB[..., order_B]
-        values_DE = values_KDB.to(scale_zero.dtype).sub_(8).transpose(0, 1).reshape(num_groups, self._group, -1)
-        scale_G1E, zero_G1E = scale_zero.unsqueeze(1).unbind(-1)
-        return torch.addcmul(zero_G1E, values_DE, scale_G1E).flatten(0, 1)
+        if order_B is not None and bool((order_B.diff() != 1).any()):
+            values_DKB = values_DKB[..., order_B]
+        scale_G1E, zero_G1E = self._scale_zero_GE2.permute(2, 0, 1).unsqueeze(2).contiguous()
+        values_GDE = values_DKB.view(torch.int8).sub_(8).view(num_groups, self._group, out_features)
+        return torch.addcmul(zero_G1E, values_GDE.to(scale_G1E.dtype), scale_G1E).flatten(0, 1)
 
 
 @cache
@@ -145,10 +146,6 @@ def _nibble_order() -> torch.Tensor | None:
     if not torch.equal(found, found[:1].expand_as(found)) or not torch.equal(found[0].sort().values, feature_E1[:, 0]):
         return None
     return found[0].argsort()
-
-
-def _is_ascending(order: torch.Tensor) -> bool:
-    return bool((order.diff() == 1).all())
 
 
 _onednn: Any = torch.ops.onednn
