@@ -133,6 +133,7 @@ def make_sampler(vocab_size: int, eos_token_ids: Seq[int], device: torch.device)
         from serve.text.sampler_device import DeviceSampler
 
         return DeviceSampler(vocab_size, eos_token_ids, device)
+    assert device.type == "cpu", f"sampling on {device} needs Triton, which is not installed: pip install triton"
     return Sampler(vocab_size, eos_token_ids, device)
 
 
@@ -214,10 +215,7 @@ class Sampler:
             )
             token_ids_R[index] = _argmax(scores_RV)
         scored, num_top = scored_rows(recipes)
-        scores = None
-        if scored:
-            index = to_device(scored, self._device)
-            scores = score(logits_RV[index], token_ids_R[index], num_top)
+        scores = score(logits_RV[scored], token_ids_R[scored], num_top) if scored else None
         return Sampled(token_ids_R, best_R, scored, scores, processed_RV)
 
     def forget(self, job_id: str) -> None:

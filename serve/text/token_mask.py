@@ -30,7 +30,8 @@ def packed_masks(rows: Seq[Row]) -> tuple[list[int], np.ndarray]:
         if mask is not None:
             at.append(i)
             masks.append(mask)
-    return at, np.frombuffer(bytearray().join(masks), dtype=np.uint8).reshape(len(at), -1) if at else np.empty((0, 0))
+    packed = np.frombuffer(bytearray().join(masks), dtype=np.uint8)
+    return at, packed.reshape(len(at), -1) if at else packed.reshape(0, 1)
 
 
 def mask_tokens_(scores_RV: torch.Tensor, rows: Seq[Row]) -> None:

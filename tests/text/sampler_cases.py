@@ -1,6 +1,7 @@
-"""Run by `test_sampler_kernels.py` in a process where Triton interprets: the kernels against the CPU sampler.
+"""The sampler's kernels against the CPU sampler: each case is a property, of which is said whether it holds.
 
-Every case is a property; `python sampler_cases.py` says of each whether it holds.
+`test_sampler_kernels.py` runs this where Triton interprets. On a machine with a GPU
+`PYTHONPATH=.:tests python tests/text/sampler_cases.py` asks the same of the compiled kernels.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from serve.text.sampler import Proposal, Sampled, Sampler, make_sampler
 from serve.text.sampler_device import DeviceSampler
 from serve.text.sequence import PENDING, Row, Sequence
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+DEVICE = CPU if os.environ.get("TRITON_INTERPRET") == "1" else torch.device("cuda")
 LLAMA = 128_256
 
 
@@ -44,14 +45,30 @@ def row(name, *, prompt=(5, 6, 3), output=(), pending=False, position=None, matc
     return Row(job, 0, [newest], at - 1, [0], samples=True, sample_position=at)
 
 
-def sample(sampler, logits_RV, rows, *, inputs=None, proposals=None, **options) -> Sampled:
-    plan = sampler.plan(rows, Staging(CPU), proposals=proposals)
-    inputs_R = torch.tensor(inputs or [row.token_ids[-1] for row in rows]) if plan.needs_inputs else None
-    return sampler.sample(logits_RV, plan, inputs_R, **options)
+def sample(sampler, logits_RV, rows, *, inputs=None, proposals=None, behind=None, keeps_scores=False) -> Sampled:
+    """By either sampler, on its own device; the result on the host."""
+    device = DEVICE if isinstance(sampler, DeviceSampler) else CPU
+    if proposals is not None:
+        proposals = [
+            Proposal(p.token_id, p.scores_V.to(device)) if p is not None and p.scores_V is not None else p
+            for p in proposals
+        ]
+    staging = Staging(device)
+    plan = sampler.plan(rows, staging, proposals=proposals)
+    inputs_R = behind_R = None
+    if plan.needs_inputs:
+        inputs_R = torch.tensor(inputs or [row.token_ids[-1] for row in rows], device=device)
+    if behind is not None:
+        behind_R = torch.full((len(rows),), behind, device=device)
+    staging.send()
+    found = sampler.sample(logits_RV.to(device), plan, inputs_R, behind_R, keeps_scores=keeps_scores)
+    found.token_ids_R, found.best_R = found.token_ids_R.cpu(), found.best_R.cpu()
+    found.processed_RV = None if found.processed_RV is None else found.processed_RV.cpu()
+    return found
 
 
 def both(vocab_size: int) -> tuple[Sampler, DeviceSampler]:
-    device = make_sampler(vocab_size, (2,), CPU)
+    device = make_sampler(vocab_size, (2,), DEVICE)
     assert isinstance(device, DeviceSampler)
     return Sampler(vocab_size, (2,), CPU), device
 
@@ -191,10 +208,8 @@ def history_is_that_of_the_sequence_through_pending_tokens_drafts_and_preemption
         base = Row(job, step // 3, [PENDING if unknown else text[-1]], 0, [0], True, len(text) + behind)  # type: ignore[arg-type]
         base.drafts = drafts
         draws = [base.after(i) for i in range(len(drafts) + 1)]
-        found = sample(
-            device, logits[: len(draws)], draws, inputs=[text[-1], *drafts],
-            behind_R=torch.full((len(draws),), behind),
-        ).token_ids_R.tolist()  # fmt: skip
+        found = sample(device, logits[: len(draws)], draws, inputs=[text[-1], *drafts], behind=behind)
+        found = found.token_ids_R.tolist()
         expected = []
         for i in range(len(draws)):
             alone = row(f"{step}-{i}", prompt=prompt, output=[*text[len(prompt) :], *drafts[:i]], **asked)
@@ -256,6 +271,9 @@ def drafts_are_decided_on_as_in_the_reference() -> None:
 
 
 def an_engine_that_drafts_and_overlaps_gives_the_outputs_of_the_reference() -> None:
+    """The engine's own device is the CPU, so this is the interpreter's only."""
+    if DEVICE.type != "cpu":
+        return
     target, drafter = Markov.random(6, seed=1, scale=0.8), Markov.random(6, seed=2, scale=1.2)
     asked = [
         {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.4},
@@ -278,7 +296,7 @@ def an_engine_that_drafts_and_overlaps_gives_the_outputs_of_the_reference() -> N
 
 @triton.jit
 def _noise(hashed_ptr, states_ptr, positions_ptr, out_ptr, rows: tl.constexpr, vocab: tl.constexpr):
-    row = tl.arange(0, rows)
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
     at = tl.arange(0, vocab)
     state = sampler_math.draw_state(tl.load(states_ptr + row), tl.load(positions_ptr + row), 0)
     noise = sampler_math.log_standard_exponential(tl.load(hashed_ptr + at)[None, :], state[:, None])
@@ -287,7 +305,7 @@ def _noise(hashed_ptr, states_ptr, positions_ptr, out_ptr, rows: tl.constexpr, v
 
 @triton.jit
 def _functions(x_ptr, exponentials_ptr, logarithms_ptr, num: tl.constexpr):
-    at = tl.arange(0, num)
+    at = tl.program_id(0) * num + tl.arange(0, num)
     x = tl.load(x_ptr + at)
     tl.store(exponentials_ptr + at, sampler_math.exponential(x))
     tl.store(logarithms_ptr + at, sampler_math.logarithm(-x))
@@ -296,26 +314,30 @@ def _functions(x_ptr, exponentials_ptr, logarithms_ptr, num: tl.constexpr):
 def noise_has_the_bits_of_the_reference_and_errs_by_less_than_1e_6() -> None:
     """Another bit of the hash is another number altogether. 65536 draws from 256 tokens: the very tokens."""
     num_rows, vocab_size = 4096, 256
+    at_once = num_rows if DEVICE.type == "cpu" else 16
     noise = GumbelNoise(vocab_size, CPU)
-    out = torch.empty(num_rows, vocab_size)
+    out = torch.empty(num_rows, vocab_size, device=DEVICE)
     for first in range(0, 4 * num_rows, num_rows):
         seeds = [(first + i) * 0x9E3779B97F4A7C1 for i in range(num_rows)]
         halves = torch.tensor([seed_state(seed) for seed in seeds])
         states = (halves[:, 0] & 0xFFFFFFFF) | (halves[:, 1] << 32)
         positions = torch.arange(num_rows, dtype=torch.int32) + first
-        _noise[(1,)](noise.hashed_V, states, positions, out, num_rows, vocab_size)
+        keys = noise.hashed_V.to(DEVICE), states.to(DEVICE), positions.to(DEVICE)
+        _noise[(num_rows // at_once,)](*keys, out, at_once, vocab_size, enable_fp_fusion=False)
         expected = noise.log_exponential([row_key(seed, at) for seed, at in zip(seeds, positions.tolist())])
-        assert float((out - expected).abs().max()) < 1e-6
+        found = out.cpu()
+        assert float((found - expected).abs().max()) < 1e-6
         logits = random_logits(num_rows, vocab_size, seed=first)
-        assert torch.equal((logits - out).argmax(-1), (logits - expected).argmax(-1))
+        assert torch.equal((logits - found).argmax(-1), (logits - expected).argmax(-1))
 
 
 def exponential_and_logarithm_err_by_less_than_a_unit_in_the_last_place() -> None:
     num = 1 << 18
+    at_once = num if DEVICE.type == "cpu" else 4096
     x = -(80 * torch.rand(num, generator=torch.Generator().manual_seed(0)) ** 4).clamp_min(1e-12)
-    exponentials, logarithms = torch.empty(num), torch.empty(num)
-    _functions[(1,)](x, exponentials, logarithms, num)
-    for found, exact in ((exponentials, x.double().exp()), (logarithms, (-x).double().log())):
+    exponentials, logarithms = torch.empty(2, num, device=DEVICE)
+    _functions[(num // at_once,)](x.to(DEVICE), exponentials, logarithms, at_once, enable_fp_fusion=False)
+    for found, exact in ((exponentials.cpu(), x.double().exp()), (logarithms.cpu(), (-x).double().log())):
         unit = torch.from_numpy(np.spacing(exact.float().abs().numpy())).double()
         assert float(((found.double() - exact).abs() / unit).max()) < 1.0
 
