@@ -199,7 +199,8 @@ class ModelOptions:
     """Positions in a block of the KV cache."""
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "int8"] = only_for("text", "auto")
     """What keys and values are kept in. auto: as the model computes. fp8 (e4m3), int8: one byte a number, with a scale
-    for every position and head; about twice as many fit as in bfloat16, and outputs differ a little."""
+    for every position and head; about twice as many fit as in bfloat16, and outputs differ a little. A draft model's
+    are kept as it computes."""
     attention_backend: Literal["auto", "cpu", "flashinfer", "sdpa", "triton", "varlen"] = only_for("text", "auto")
     """What computes attention. auto: the fastest as measured for this device and shape, where it was
     (`models/attention/measured.json`), else triton on CUDA and cpu on CPU (sdpa with a quantised cache)."""

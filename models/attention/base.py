@@ -24,7 +24,7 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """What the cache of one model looks like. `block_size` positions a block."""
+    """What the cache of one model looks like, and attention over it. `block_size` positions a block."""
 
     num_layers: int
     num_kv_heads: int
@@ -35,6 +35,8 @@ class KVCacheSpec:
     device: torch.device
     kv_dtype: str = "auto"
     """What keys and values are kept in: "auto" (`dtype`), "fp8_e4m3" or "int8" (see `quantized_kv.py`)."""
+    caps_scores: bool = False
+    """Some layers squeeze their scores (`softcap`), which not every backend can."""
 
     @property
     def is_quantized(self) -> bool:

@@ -24,6 +24,8 @@ from models.staging import Staging
 
 _WORKSPACE_BYTES = 128 << 20
 """What its documentation recommends; for the parts of split sequences."""
+_HEAD_DIMS = (64, 128, 256)
+"""Those it is built for."""
 
 
 def why_not(spec: KVCacheSpec) -> str | None:
@@ -34,6 +36,8 @@ def why_not(spec: KVCacheSpec) -> str | None:
         return f"cannot compute on {spec.device}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return "computes in bfloat16 and float16 only"
+    if spec.head_dim not in _HEAD_DIMS:
+        return f"has no kernels for heads of {spec.head_dim}"
     if importlib.util.find_spec("flashinfer") is None:
         return 'needs the package flashinfer-python (pip install "tandem-serve[flashinfer]")'
     return None

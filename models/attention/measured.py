@@ -73,7 +73,11 @@ def choose(rows: Sequence[Row], spec: KVCacheSpec, num_heads: int, names: Sequen
 
     Where the ratio of heads was measured only other ratios are left out.
     """
-    fitting = [row for row in rows if row.backend in names and _fits(row, spec)]
+    kind = (str(spec.dtype).removeprefix("torch."), spec.kv_dtype, spec.head_dim)
+    fitting = [row for row in rows if row.backend in names and (row.dtype, row.kv_dtype, row.head_dim) == kind]
+    if fitting:
+        device = device_name(spec.device)
+        fitting = [row for row in fitting if fnmatch(device, row.device)]
     groups = num_heads // spec.num_kv_heads
     fitting = [row for row in fitting if row.num_heads // row.num_kv_heads == groups] or fitting
     times: dict[str, dict[object, float]] = {}
@@ -127,11 +131,6 @@ def measure(
             torch.cuda.synchronize(spec.device)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
-
-
-def _fits(row: Row, spec: KVCacheSpec) -> bool:
-    kinds = (str(spec.dtype).removeprefix("torch."), spec.kv_dtype, spec.head_dim)
-    return (row.dtype, row.kv_dtype, row.head_dim) == kinds and fnmatch(device_name(spec.device), row.device)
 
 
 _CASES = (("decode", 1, 1, 512), ("decode", 16, 1, 512), ("prefill", 1, 512, 512), ("chunk", 1, 128, 1024))

@@ -29,6 +29,8 @@ def why_not(spec: KVCacheSpec) -> str | None:
     """Why this backend cannot compute with such a cache here; None if it can."""
     if spec.is_quantized:
         return f"keeps no KV cache in {spec.kv_dtype}"
+    if spec.caps_scores:
+        return "cannot cap scores, as this model does"
     if spec.device.type != "cuda" or torch.cuda.get_device_capability(spec.device)[0] != 9:
         return "needs a Hopper GPU"
     if spec.dtype not in (torch.bfloat16, torch.float16):
@@ -101,8 +103,7 @@ class VarlenAttention:
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if softcap is not None:
-            raise ValueError("attention backend 'varlen' cannot cap scores, as this model does; choose auto or triton")
+        assert softcap is None, "why_not has refused it"
         if plan.slots_T is None:
             self._locate(plan)
         keys, values = kv

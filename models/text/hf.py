@@ -112,6 +112,11 @@ class TransformersDecoder:
         setattr(model, model.base_model_prefix, self._given)
         self._prove()
 
+    @property
+    def caps_scores(self) -> bool:
+        """Whether attention squeezes its scores, as Gemma 2 does; not every backend can."""
+        return getattr(self._model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+
     @torch.inference_mode()
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, context: StepContext) -> torch.Tensor:
         return self._run(token_ids_T, positions_T, _Step(context, token_ids_T.shape[0], []))

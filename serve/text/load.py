@@ -53,7 +53,14 @@ def cache_of(options: ModelOptions, model: CausalLM, device: torch.device) -> KV
     spec, kind = model.rank_spec, options.kv_cache_dtype
     kv_dtype = "fp8_e4m3" if kind == "fp8" else kind
     return KVCacheSpec(
-        spec.num_layers, spec.num_kv_heads, spec.head_dim, options.block_size, spec.dtype, device, kv_dtype
+        spec.num_layers,
+        spec.num_kv_heads,
+        spec.head_dim,
+        options.block_size,
+        spec.dtype,
+        device,
+        kv_dtype,
+        caps_scores=getattr(model, "caps_scores", False),
     )
 
 

@@ -21,13 +21,13 @@ from models.attention.varlen import VarlenAttention
 
 CPU = torch.device("cpu")
 SPEC = KVCacheSpec(1, 2, 64, 16, torch.float32, CPU)
-ROW = Row(device_name(CPU), "float32", "auto", 8, 2, 64, "decode", 1, 1, 512, "cpu", 10.0, "2026-11-22", "abc")
+ROW = Row("this one", "float32", "auto", 8, 2, 64, "decode", 1, 1, 512, "cpu", 10.0, "2026-11-22", "abc")
 
 
 def times(**microseconds: tuple[float, float]) -> list[Row]:
     """Of two cases, by backend."""
     return [
-        replace(ROW, backend=name, phase=phase, microseconds=time)
+        replace(ROW, device=device_name(CPU), backend=name, phase=phase, microseconds=time)
         for name, pair in microseconds.items()
         for phase, time in zip(("decode", "prefill"), pair, strict=True)
     ]
@@ -154,10 +154,8 @@ def test_what_varlen_attention_and_flashinfer_are_asked_for_equals_the_reference
     torch.testing.assert_close(out.double(), expected(SPEC, 8, step, window=window), atol=2e-6, rtol=1e-5)
 
 
-def test_varlen_attention_says_that_it_cannot_cap_scores():
-    backend = VarlenAttention(SPEC, 8, documented_varlen)
-    with pytest.raises(ValueError, match="'varlen' cannot cap scores"):
-        backend.attend(torch.empty(1), torch.empty(1), torch.empty(1), None, scale=1.0, softcap=2.0)
+def test_varlen_attention_is_not_for_models_that_cap_their_scores():
+    assert why_not("varlen", replace(SPEC, caps_scores=True)) == "cannot cap scores, as this model does"
 
 
 def test_every_backend_says_whether_it_can():
