@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ class Bench:
         self.is_rehearsal = about.is_rehearsal
         self.device = torch.device("cpu" if self.is_rehearsal else "cuda")
         self.outcome = Outcome(part, about.as_dict(), budget_s)
+        self.failures: list[str] = []
         self._clock = clock
         self._began = clock()
 
@@ -108,6 +111,17 @@ class Bench:
         """Why something is not measured here."""
         self.outcome.skipped.append(sentence)
         print(f"# {sentence}", flush=True)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """What fails in it does not stop the rest of the part, which is told as failed at its end."""
+        try:
+            yield
+        except WrongResult:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append(f"{what}: {type(error).__name__}: {error}"[:300])
 
     def keep(self, state: str = "running", error: str | None = None) -> None:
         self.outcome.state, self.outcome.error = state, error

@@ -87,7 +87,7 @@ def run_part(bench: Bench) -> int:
         traceback.print_exc()
         bench.keep("failed", f"{type(error).__name__}: {error}"[:500])
     else:
-        bench.keep("done")
+        bench.keep("failed" if bench.failures else "done", "; ".join(bench.failures) or None)
     print(told(bench.outcome), flush=True)
     return int(bench.outcome.state != "done")
 

@@ -144,7 +144,9 @@ class Driver:
         num_prefills = -(-sum(map(len, prompts)) // max(1, self.step_budget - len(prompts)))
         streams = [self.submit(prompt, num_prefills + num_steps + 10, temperature=temperature) for prompt in prompts]
         ends = self.run()
-        assert all(stream.finish_reason is not None for stream in streams)
+        for stream in streams:
+            stream.take()
+            stream.take()  # raises what a request has failed of, behind its outputs
         return decodes_in(ends, len(prompts))
 
     def prefill_s(self, prompts: list[list[int]]) -> float:

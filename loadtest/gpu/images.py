@@ -44,7 +44,8 @@ def run(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, shape, has_graphs, rows) in enumerate(models):
             if bench.has_time(name, 0 if bench.is_rehearsal else 12):
-                measure_dit(bench, limits, Path(scratch) / str(number), name, shape, has_graphs, rows)
+                with bench.attempt(name):
+                    measure_dit(bench, limits, Path(scratch) / str(number), name, shape, has_graphs, rows)
                 free()
         if bench.has_time("FLUX", 0 if bench.is_rehearsal else 15):
             flux.measure(bench, limits, Path(scratch) / "flux", FLUX_ROWS[: 1 if bench.is_rehearsal else None])

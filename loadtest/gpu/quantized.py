@@ -36,22 +36,35 @@ def run(bench: Bench) -> None:
             (name,) = setting.values()
             if not bench.has_time(str(name), 0 if bench.is_rehearsal else 18):
                 continue
-            driver = Driver(dataclasses.replace(text_options(folder, bench), **setting))
-            for batch in batches:
-                found = driver.decodes(driver.prompts(batch, context), num_steps)
-                bench.row(
-                    "quantized",
-                    weights=setting.get("quantization", "as they are"),
-                    kv=setting.get("kv_cache_dtype", "as it is"),
-                    batch=batch,
-                    context=context,
-                    tok_s=found.tok_s,
-                    step_ms=1e3 * found.step_s,
-                    times_faster=found.tok_s / plain[batch] if batch in plain else None,
-                )
-            driver.close()
-            del driver
+            with bench.attempt(str(name)):
+                _measure(bench, folder, setting, batches, context, num_steps, plain)
             free()
+
+
+def _measure(
+    bench: Bench,
+    folder: Path,
+    setting: dict[str, Any],
+    batches: tuple[int, ...],
+    context: int,
+    num_steps: int,
+    plain: dict[int, float],
+) -> None:
+    """A row for each batch. `plain`: tokens/s without the setting."""
+    driver = Driver(dataclasses.replace(text_options(folder, bench), **setting))
+    for batch in batches:
+        found = driver.decodes(driver.prompts(batch, context), num_steps)
+        bench.row(
+            "quantized",
+            weights=setting.get("quantization", "as they are"),
+            kv=setting.get("kv_cache_dtype", "as it is"),
+            batch=batch,
+            context=context,
+            tok_s=found.tok_s,
+            step_ms=1e3 * found.step_s,
+            times_faster=found.tok_s / plain[batch] if batch in plain else None,
+        )
+    driver.close()
 
 
 def _rates(rows: list[dict[str, Any]]) -> dict[int, float]:

@@ -51,11 +51,10 @@ def run(bench: Bench) -> None:
             kv_cache_tokens=driver.card.kv_cache_tokens,
             load_s=driver.card.load_s,
         )
-        measured.decode(driver)
-        measured.prefill(driver)
-        measured.idle(driver)
-        measured.mixed(driver)
-        measured.prefix(driver)
+        for measure in (measured.decode, measured.prefill, measured.idle, measured.mixed, measured.prefix):
+            with bench.attempt(measure.__name__):
+                measure(driver)
+            driver.run()  # what a failed one has left
         driver.close()
         del driver
         free()
@@ -125,8 +124,8 @@ class _Measured:
                 continue
             prompts = driver.prompts(batch, CONTEXT)
             streams = [driver.submit(prompt, 64 + batch // 4) for prompt in prompts]
-            while any(stream.job.num_output < 8 for stream in streams):
-                driver.engine.step()
+            while any(stream.job.num_output < 8 for stream in streams) and driver.engine.step():
+                pass
             spans = watch(driver.engine.step, _PROFILED)
             driver.run()
             found = occupancy(spans, _PROFILED)

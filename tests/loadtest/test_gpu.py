@@ -174,6 +174,18 @@ def test_a_part_that_fails_says_so_and_keeps_its_rows(tmp_path, monkeypatch, err
     assert outcome is not None and outcome.state == state and len(outcome.rows) == 1 and "no" in str(outcome.error)
 
 
+def test_one_measurement_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    def fail(self, driver):
+        driver.submit([1, 2, 3], 4)
+        raise ValueError("no profile")
+
+    monkeypatch.setattr("loadtest.gpu.text._Measured.idle", fail)
+    bench = rehearsal("text", tmp_path)
+    assert run_part(bench) == 1
+    assert bench.outcome.state == "failed" and bench.outcome.error == "fail: ValueError: no profile"
+    assert bench.outcome.of_kind("mixed") and bench.outcome.of_kind("speculation")
+
+
 def test_what_does_not_fit_the_budget_is_named_as_skipped(tmp_path):
     bench = rehearsal("limits", tmp_path, budget_s=1.0)
     assert bench.has_time("a moment", 0.0) and not bench.has_time("an hour", 3600.0)
