@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from serve.text.sequence import Row
 
 if TYPE_CHECKING:  # they load torch, which nothing here needs
+    from serve.text.cuda_graph import DecodeGraphs
     from serve.text.proposer import Proposed, Tails
     from serve.text.sampler import TokenSampler
 
@@ -35,7 +36,7 @@ class PromptLookup:
     """A `Proposer` by n-grams of `least` to `most` tokens."""
 
     runs_ahead = False
-    graphs = None
+    graphs: DecodeGraphs | None = None
 
     def __init__(self, least: int, most: int):
         assert 1 <= least <= most
