@@ -12,26 +12,19 @@ from paged import PagedModel
 from tiny import tiny_model
 
 from models.registry import load_text_model
-from models.text.base import StepContext
 
 CPU = torch.device("cpu")
 
 
-class NoAttention:
-    """Stands where a backend does its own launches, which are counted elsewhere."""
-
-    def attend(self, q_TNH, new_T2KH, kv, plan, *, scale, window=None, softcap=None):
-        return torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
-
-
 def layer_launches(model) -> Counter[str]:
-    """Of one layer beside its attention: what two layers launch more than one."""
-    layers, (ids, context) = model._layers, (torch.arange(5), StepContext(NoAttention(), None, [None] * 3))
+    """Of one layer in a step of decodes: what two layers launch more than one."""
+    paged, layers = PagedModel(model, "triton"), model._layers
+    paged.forward({name: [1] for name in "abcd"})  # the first compiles what later ones may need
     counts = []
-    for some in (layers[:1], layers[:1] + layers[:1]):
-        model._layers = some
+    for number in (1, 2):
+        model._layers = layers[:1] * number
         with counted_launches() as launched:
-            model.forward(ids, ids, context)
+            paged.forward({name: [1] for name in "abcd"})
         counts.append(launched)
     model._layers = layers
     return counts[1] - counts[0]
@@ -46,7 +39,7 @@ if __name__ == "__main__":
             model = load_text_model(Path(folder), device=CPU)
             half = load_text_model(Path(folder), device=CPU, dtype=torch.bfloat16)
         ids = torch.randint(0, 256, (13,), generator=torch.Generator().manual_seed(0)).tolist()
-        ours = PagedModel(model)
+        ours = PagedModel(model, "triton")
         torch.testing.assert_close(
             torch.cat([ours.step({"a": ids[:9]})["a"], ours.step({"a": ids[9:]})["a"]]),
             theirs(torch.tensor([ids])).logits[0],
