@@ -94,7 +94,7 @@ class GatewayServer:
             if isinstance(connection, LimitedProtocol):
                 connection.leave(LEAVING_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s + min(LEAVING_S, timeout_s)):  # idle ones stay while others run
                 while self._state.connections:
                     self._limits.gone.clear()
                     await self._limits.gone.wait()
