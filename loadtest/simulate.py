@@ -104,7 +104,7 @@ def scale(arguments: argparse.Namespace, report: Report) -> None:
     many = f"a gateway for {arguments.replicas_per_gateway:g} replicas"
     for name, sweep, most in (
         ("one gateway", dataclasses.replace(base, replicas_per_gateway=None), arguments.most_for_one),
-        (many, base, max(arguments.replicas)),
+        (many, base, max(arguments.replicas, default=0)),
         *(
             (f"{many}, {num or 'all'} drawn", dataclasses.replace(base, num_drawn=num or ALL), arguments.most_drawn)
             for num in arguments.drawn
