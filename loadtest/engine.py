@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("-o", "--out", help="append the lines to this file too")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--quantization", choices=("fp8", "int8", "int4"))
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes (slows it down)")
     args = parser.parse_args(arguments)
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = ModelOptions(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         threads=args.threads,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         "peer": "tandem-engine",
         "version": f"torch {torch.__version__}",
         "model": card.name,
-        "config": f"{card.dtype} {card.device} budget {args.max_num_batched_tokens or 'default'}",
+        "config": f"{args.quantization or card.dtype} {card.device} budget {args.max_num_batched_tokens or 'default'}",
         "threads": args.threads,
         "load_s": round(load_s, 2),
     }
