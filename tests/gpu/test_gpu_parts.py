@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +27,9 @@ pytestmark = [
 ]
 
 
+ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return correct.write_checkpoint(tmp_path_factory.mktemp("model"), "llama")
@@ -31,6 +39,14 @@ def folder(tmp_path_factory):
 def test_the_part_finds_nothing_wrong(part, tmp_path):
     bench = Bench(part, tmp_path, About.here("a test", is_rehearsal=False), budget_s=240.0)
     assert run_part(bench) == 0, bench.outcome.error
+
+
+@pytest.mark.parametrize("arguments", [("triton_cases.py", "40"), ("store_cases.py",)])
+def test_compiled_attention_stays_within_its_stated_errors(arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests" / "models" / "attention" / arguments[0], *arguments[1:]]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
 
 
 def test_what_synchronises_is_seen():
