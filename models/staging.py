@@ -49,10 +49,17 @@ class _HostBuffer:
 class Staging:
     """One per runner. Counts what it copies."""
 
-    def __init__(self, device: torch.device, capacity: int = CAPACITY, queue: DeviceQueue | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        capacity: int = CAPACITY,
+        queue: DeviceQueue | None = None,
+        num_buffers: int | None = None,
+    ):
         """`capacity`: bytes of a step, alignment included. What does not fit takes copies of its own.
 
-        `queue`: None for the device's own.
+        `queue`: None for the device's own. `num_buffers`: how many copies may be under way before a put waits for one;
+        None: as many as steps of one copy need.
         """
         self.num_copies = 0
         self.num_spilled = 0
@@ -67,7 +74,7 @@ class Staging:
             return
         self._target = torch.empty(capacity, dtype=torch.uint8, device=device)
         self._targets = {dtype: self._target.view(dtype) for dtype in _NUMPY}
-        self._ring = [self._buffer(self._queue.pinned(capacity)) for _ in range(_NUM_BUFFERS)]
+        self._ring = [self._buffer(self._queue.pinned(capacity)) for _ in range(num_buffers or _NUM_BUFFERS)]
 
     def put(self, values: Sequence[int] | Sequence[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of these values on the device, of the array's shape; valid from `send` until the next one.

@@ -31,7 +31,7 @@ import torch
 
 from models.attention.base import AttentionBackend, KVCacheSpec, TokenLayout
 from models.device_queue import DeviceQueue
-from models.staging import CAPACITY, Staging
+from models.staging import Staging
 from models.text.base import CausalLM, StepContext
 from serve.text.cuda_graph import DecodeGraphs
 from serve.text.gumbel import Stream
@@ -43,6 +43,10 @@ from serve.transfer import to_device
 
 _NEWEST, _BEFORE = 0, 1
 """Tokens that only the device knows: those of `Tails`."""
+_CAPACITY = 1 << 20
+"""Bytes of a copy to the device, block tables not counted."""
+_NUM_BUFFERS = 36
+"""A draft takes two copies, for the forward and the draw: two steps of eight drafts, and the tokens before them."""
 _MOST_CAUGHT_UP = 2
 """New tokens of a row that drafted in the step before: the newest, and the last draft when all held."""
 
@@ -88,7 +92,7 @@ class DraftModel:
         self._attention = attention
         self._kv_cache = attention.allocate(num_blocks + 1)
         table_bytes = max_rows_in_graph * -(-max_model_len // cache.block_size) * 4
-        self._staging = Staging(cache.device, CAPACITY + table_bytes, queue)
+        self._staging = Staging(cache.device, _CAPACITY + table_bytes, queue, _NUM_BUFFERS)
         self.graphs: DecodeGraphs | None = None
         if max_rows_in_graph:
             self.graphs = DecodeGraphs(

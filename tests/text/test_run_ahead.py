@@ -86,7 +86,13 @@ def build(target, drafter, *, depth, queue=None, attention="sdpa", most=4, num_b
     cache = KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, BLOCK, spec.dtype, CPU)
     attentions = [make_attention(attention, cache, spec.num_heads) for _ in range(2)]
     proposer = DraftModel(
-        drafter, attentions[1], cache, num_blocks=num_blocks, max_num_tokens=512, runs_ahead=depth > 0
+        drafter,
+        attentions[1],
+        cache,
+        num_blocks=num_blocks,
+        max_num_tokens=512,
+        runs_ahead=depth > 0,
+        queue=queue,
     )
     runner = Watching(target, attentions[0], cache, num_blocks=num_blocks, proposer=proposer, queue=queue)
     runner.warm_up()
