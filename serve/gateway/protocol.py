@@ -86,7 +86,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
         An answer that has begun without saying so leaves the connection open: its client sends the next request as soon
         as it has the last byte, and if that met a close it would read a reset."""
-        self.timeout_keep_alive = idle_s
+        self.timeout_keep_alive = idle_s  # type: ignore[assignment]  # call_later takes it
         if not self.is_busy:
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(idle_s, self.timeout_keep_alive_handler)

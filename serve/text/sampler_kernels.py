@@ -153,7 +153,7 @@ def draw(logits_ptr, logits_stride, draws_ptr, num_draws, behind_ptr, params_ptr
     is_filtered = slot >= 0
     if slot >= 0:
         temperature = number_of(params_ptr, slot, TEMPERATURE)
-        is_filtered = has_filter(params_ptr, slot)
+        is_filtered = has_filter(params_ptr, slot) & (temperature != 0.0)
     proposal = -1
     if has_proposals:
         proposal = tl.load(proposals_ptr + row).to(tl.int32)

@@ -147,9 +147,12 @@ def _kth_maximum(keys, k):
 
 @triton.jit
 def _nucleus_of_maxima(keys, weights, target):
-    """The smallest maximum above which maxima hold less than `target`: a nucleus of that mass ends there or above."""
-    low = tl.min(keys, 0).to(tl.int64)
+    """The smallest maximum above which maxima hold less than `target`: a nucleus of that mass ends there or above.
+
+    LOWEST when all of them together hold less: they tell nothing then.
+    """
     high = tl.max(keys, 0).to(tl.int64)
+    low = high * 0 + LOWEST
     while low < high:
         pivot = (low + ((high - low) >> 1)).to(tl.int32)
         is_above = keys > pivot

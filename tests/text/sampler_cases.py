@@ -132,7 +132,14 @@ def rows_of_any_kind_draw_the_tokens_of_the_reference() -> None:
     rng = random.Random(1)
     for number, vocab_size in enumerate((1 + 2, 33, 300, 4096, 4097, 9001)):
         rows = [mixture(rng, vocab_size, f"{number}-{i}") for i in range(10)]
-        require_equal(unlike(rng, len(rows), vocab_size), rows)
+        require_equal(unlike(rng, len(rows), vocab_size), rows, keeps_scores=number > 2)
+
+
+def a_nucleus_of_nearly_all_tokens_is_that_of_the_reference() -> None:
+    """The groups' maxima, of which here each holds a token of its own, tell nothing of it."""
+    for vocab_size in (4096, 8000):
+        rows = [row(f"{i}", seed=i, top_p=top_p) for i, top_p in enumerate((0.9, 0.999))]
+        require_equal(random_logits(len(rows), vocab_size, scale=0.15), rows, keeps_scores=True)
 
 
 def a_vocabulary_of_128256_draws_the_tokens_of_the_reference() -> None:
@@ -344,6 +351,7 @@ def exponential_and_logarithm_err_by_less_than_a_unit_in_the_last_place() -> Non
 
 CASES = [
     rows_of_any_kind_draw_the_tokens_of_the_reference,
+    a_nucleus_of_nearly_all_tokens_is_that_of_the_reference,
     a_vocabulary_of_128256_draws_the_tokens_of_the_reference,
     equal_scores_at_a_threshold_all_stay_and_the_first_of_equals_is_drawn,
     a_row_draws_the_same_bits_alone_and_in_any_batch,
