@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Decodes:
     def __init__(self, num_sequences: int) -> None:
         self.num_sequences = num_sequences
         self._starts = [CACHED_TOKENS + i for i in range(num_sequences)]
-        self._tables = [list(range(-(-start // BLOCK_SIZE) + 1)) for start in self._starts]
+        self._tables = [array("i", range(-(-start // BLOCK_SIZE) + 1)) for start in self._starts]
 
     def next(self) -> Step:
         for i, table in enumerate(self._tables):
@@ -94,7 +95,7 @@ class _Prefills:
 
     def next(self) -> Step:
         num = self._num_tokens
-        layout = TokenLayout([num], [0], [list(range(-(-num // BLOCK_SIZE)))])
+        layout = TokenLayout([num], [0], [array("i", range(-(-num // BLOCK_SIZE)))])
         return Step(list(range(100_000, 100_000 + num)), list(range(num)), layout, wanted=[num - 1])
 
 

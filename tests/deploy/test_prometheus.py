@@ -152,6 +152,8 @@ def prometheus(server, tmp_path_factory) -> Iterator[Prometheus]:
 
 def is_up(prometheus: Prometheus) -> bool:
     with contextlib.suppress(httpx.HTTPError):
+        if httpx.get(f"{prometheus.url}/-/ready", timeout=10).is_error:
+            return False
         return prometheus.query('up{job="tandem"}') == [1.0]
     return False
 

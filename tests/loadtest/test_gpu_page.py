@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from loadtest.gpu.bench import Outcome
-from loadtest.gpu.page import BEGIN, END, RESULTS, NothingToShow, page, read_kept, table, with_table, write_page
+from loadtest.gpu.page import BEGIN, END, NothingToShow, page, read_kept, table, with_table, write_page
 from loadtest.gpu.tables import TABLES, tables_of
 from loadtest.gpu.targets import judge
 from models.attention import measured
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "loadtest" / "results"
 ABOUT = {
     "date": "2030-01-02 03:04 UTC",
     "device": "NVIDIA H200",
