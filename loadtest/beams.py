@@ -27,7 +27,7 @@ from loadtest.workload import CpuMeter
 from serve.model_folder import find_model
 from serve.options import ModelOptions
 from serve.request import BeamParams, SamplingParams
-from serve.text.beam_group import BeamGroup
+from serve.text.beams.group import BeamGroup
 from serve.text.build import TextEngine, build_engine
 
 Search = Callable[[list[list[int]]], list[list[int]]]

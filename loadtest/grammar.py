@@ -26,11 +26,11 @@ from serve.engine.engine import Engine
 from serve.options import ModelOptions, SpeculativeOptions
 from serve.request import Grammar, SamplingParams
 from serve.text.build import build_engine
-from serve.text.grammar_compiler import Compiled, GrammarCompiler
-from serve.text.grammar_vocabulary import Vocabulary, load_vocabulary
+from serve.text.grammar.compiler import Compiled, GrammarCompiler
+from serve.text.grammar.vocabulary import Vocabulary, load_vocabulary
+from serve.text.sampling.token_mask import mask_tokens_
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Row, Sequence
-from serve.text.token_mask import mask_tokens_
 
 NUM_STEPS = 64
 NUM_LARGE = 151_643

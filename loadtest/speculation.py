@@ -25,9 +25,9 @@ from serve.model_folder import find_model
 from serve.options import ModelOptions, SpeculativeOptions
 from serve.request import SamplingParams
 from serve.text.build import TextEngine, build_engine
-from serve.text.draft_length import AdaptiveLength
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence
+from serve.text.speculation.draft_length import AdaptiveLength
 
 SUBJECTS = (
     "cat",

@@ -31,8 +31,8 @@ from serve.options import ModelOptions
 from serve.ranks.launch import Launcher
 from serve.recorder import EngineObserver, Recorder
 from serve.request import ModelCard
-from serve.text.draft_length import AdaptiveLength
 from serve.text.prefix_digest import PrefixDigest
+from serve.text.speculation.draft_length import AdaptiveLength
 from serve.tracing import JobSpans, start_tracing
 from serve.wire import ReplicaEntry
 

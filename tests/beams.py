@@ -1,5 +1,5 @@
-"""Beam search, slowly: what `serve/text/beam.py` and the engine must find. Every beam's next log-probabilities are
-asked for by its tokens, whole vocabularies are sorted, nothing is kept from step to step but lists of numbers.
+"""Beam search, slowly: what `serve/text/beams/beam.py` and the engine must find. Every beam's next log-probabilities
+are asked for by its tokens, whole vocabularies are sorted, nothing is kept from step to step but lists of numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from serve.events import FinishReason
 from serve.request import BeamParams
-from serve.text.beam import Hypothesis, make_search
+from serve.text.beams.beam import Hypothesis, make_search
 
 Model = Callable[[tuple[int, ...]], np.ndarray]
 """Output so far → float32 log-probabilities of all next tokens."""

@@ -4,7 +4,7 @@
     tf455/bin/python tests/group_beams.py
 
 The cases hold no weights: `give_weights` makes them from the parameters' names, the same in both versions. The padding
-of a finished group would count as chosen by it (see `serve/text/beam.py`); its token is biased out of all reach.
+of a finished group would count as chosen by it (see `serve/text/beams/beam.py`); its token is biased out of all reach.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ from models.staging import Staging
 from models.text.base import DecoderSpec
 from serve.engine.engine import Engine
 from serve.request import SamplingParams
-from serve.text.draft_length import DraftLength
-from serve.text.draft_model import DraftModel
 from serve.text.kv_cache import KVCache
-from serve.text.prompt_lookup import PromptLookup
 from serve.text.runner import TokenRunner
-from serve.text.sampler import Sampler
+from serve.text.sampling.sampler import Sampler
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Row, Sequence
+from serve.text.speculation.draft_length import DraftLength
+from serve.text.speculation.draft_model import DraftModel
+from serve.text.speculation.prompt_lookup import PromptLookup
 
 CPU = torch.device("cpu")
 BLOCK, NUM_BLOCKS = 4, 512

@@ -21,11 +21,11 @@ from beams import Found, group_oracle, plain_oracle
 from serve.engine.interface import DeviceFault
 from serve.events import TokenLogprobs
 from serve.request import BeamParams, SamplingParams
-from serve.text.beam_group import BeamGroup
+from serve.text.beams.group import BeamGroup
 from serve.text.kv_cache import KVCache
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import PENDING, Row, Sequence, TokenBatch, TokenOutput
-from serve.text.speculative import until_rejected
+from serve.text.speculation.verification import until_rejected
 
 VOCAB = 13
 EOS = 0

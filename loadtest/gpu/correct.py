@@ -25,7 +25,7 @@ from models.weights import fill_dummy
 from serve.options import ModelOptions
 from serve.request import SamplingParams
 from serve.text.build import build_engine
-from serve.text.gumbel import GumbelNoise, row_key
+from serve.text.sampling.gumbel import GumbelNoise, row_key
 from serve.text.sequence import Sequence
 
 VOCAB = 512

@@ -19,7 +19,7 @@ from loadtest.gpu.timing import Stopwatch
 from models.kernels.available import has_kernels
 from models.staging import Staging
 from serve.request import SamplingParams
-from serve.text.sampler import Sampler, TokenSampler, make_sampler
+from serve.text.sampling.sampler import Sampler, TokenSampler, make_sampler
 from serve.text.sequence import Row, Sequence
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from serve.gateway.reading import Reading
 from serve.gateway.service import Caller
 from serve.gateway.text_generation import Part
 from serve.request import BeamParams, Grammar, ModelCard, SamplingParams, TextRequest
-from serve.text.beam_params import check_beams
+from serve.text.beams.params import check_beams
 from serve.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256

@@ -1,7 +1,7 @@
 """`response_format` of OpenAI and `structured_outputs` of vLLM: what the output must be, as one `Grammar`.
 
 Shapes and sizes are checked here. What a schema or a grammar means is found out where the model is, before anything is
-generated (`serve/text/grammar_compiler.py`), so that a bad one is refused as any other bad value.
+generated (`serve/text/grammar/compiler.py`), so that a bad one is refused as any other bad value.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from serve.gateway.field import CHAT, COMPLETIONS, accepted, honoured, refused
 from serve.gateway.messages import Messages
 from serve.gateway.structured import ResponseFormat, StructuredOutputs
 from serve.gateway.tools import MAX_TOOLS, Choice, Tools
-from serve.text.beam_params import MOST_LENGTH_PENALTY
+from serve.text.beams.params import MOST_LENGTH_PENALTY
 
 _BOTH = (CHAT, COMPLETIONS)
 _honoured = partial(honoured, on=_BOTH)

@@ -21,11 +21,11 @@ from serve.errors import InvalidRequest
 from serve.events import Event, Finished, FinishReason, PromptScored, TokenDelta, Usage
 from serve.merged import merge
 from serve.request import Grammar, ModelCard, Request, TextRequest
-from serve.text.beam_choices import BeamChoices
-from serve.text.beam_group import BeamGroup
+from serve.text.beams.choices import BeamChoices
+from serve.text.beams.group import BeamGroup
 from serve.text.build_ranks import Ranks
-from serve.text.grammar import Matcher
-from serve.text.grammar_compiler import Compiled, GrammarCompiler
+from serve.text.grammar.compiler import Compiled, GrammarCompiler
+from serve.text.grammar.grammar import Matcher
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenUpdate
 

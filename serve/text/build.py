@@ -36,18 +36,9 @@ from serve.ranks.launch import Launcher
 from serve.request import ModelCard
 from serve.text.backend import TextBackend
 from serve.text.build_ranks import Loading, Ranks
-from serve.text.build_speculation import (
-    check_draft,
-    draft_cache,
-    draft_options,
-    find_draft,
-    make_proposer,
-    speculation_of,
-)
 from serve.text.cache_size import CacheSize, cache_bytes, choose_cache_size
-from serve.text.draft_length import AdaptiveLength
-from serve.text.grammar_compiler import GrammarCompiler
-from serve.text.grammar_vocabulary import load_vocabulary
+from serve.text.grammar.compiler import GrammarCompiler
+from serve.text.grammar.vocabulary import load_vocabulary
 from serve.text.graph_memory import measure_graphs
 from serve.text.kv_cache import KVCache
 from serve.text.load import attention_of, cache_of, load_model
@@ -57,6 +48,15 @@ from serve.text.prefix_digest import PrefixDigest
 from serve.text.runner import TokenRunner
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput
+from serve.text.speculation.build import (
+    check_draft,
+    draft_cache,
+    draft_options,
+    find_draft,
+    make_proposer,
+    speculation_of,
+)
+from serve.text.speculation.draft_length import AdaptiveLength
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import torch
 
 from models.device_queue import DeviceQueue, Mark
 from serve.events import TokenLogprobs
-from serve.text.candidates import Candidates
-from serve.text.logprobs import Scores
+from serve.text.beams.candidates import Candidates
 from serve.text.prompt_scores import PromptScores
-from serve.text.sampler import Sampled, require_finite
+from serve.text.sampling.logprobs import Scores
+from serve.text.sampling.sampler import Sampled, require_finite
 from serve.text.sequence import Row, TokenOutput
-from serve.text.speculative import until_rejected
+from serve.text.speculation.verification import until_rejected
 
 
 @dataclass(slots=True)

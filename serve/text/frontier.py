@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from models.staging import Staging
-from serve.text.proposer import Proposed, Tails
 from serve.text.sequence import PENDING, Row
+from serve.text.speculation.proposer import Proposed, Tails
 from serve.transfer import to_device
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.errors import ContextTooLong, InvalidRequest
-from serve.text.beam_group import BeamGroup
-from serve.text.beam_params import check_beams
+from serve.text.beams.group import BeamGroup
+from serve.text.beams.params import check_beams
 from serve.text.sequence import Sequence
 
 

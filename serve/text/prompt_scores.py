@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from models.text.base import CausalLM
-from serve.text.logprobs import Scores, score
+from serve.text.sampling.logprobs import Scores, score
 from serve.text.sequence import Row
 from serve.text.step_message import Step
 from serve.transfer import to_device

@@ -30,15 +30,15 @@ from models.device_queue import DeviceQueue, queue_of
 from models.staging import CAPACITY, Staging
 from models.text.base import CausalLM, StepContext
 from serve.engine.interface import DeviceFault
-from serve.text.candidates import find_candidates
+from serve.text.beams.candidates import find_candidates
 from serve.text.cuda_graph import MAX_WIDTH, DecodeGraphs
 from serve.text.flight import Flight, land, take_off
 from serve.text.frontier import Frontier, SpeculativeStep
 from serve.text.peers import Peers
 from serve.text.prompt_scores import PromptScores, score_prompts, slices_of
-from serve.text.proposer import Proposed, Proposer, Tails
-from serve.text.sampler import Sampled, SamplingPlan, make_sampler
+from serve.text.sampling.sampler import Sampled, SamplingPlan, make_sampler
 from serve.text.sequence import PENDING, Row, TokenBatch, TokenOutput
+from serve.text.speculation.proposer import Proposed, Proposer, Tails
 from serve.text.step_inputs import StepInputs
 from serve.text.step_message import Step
 
@@ -89,8 +89,8 @@ class TokenRunner:
 
         Steps of up to `max_rows_in_graph` rows with `max_drafts` drafts at most run as CUDA graphs, for which
         `max_model_len` is needed. `rejects`: drafts are verified by rejection sampling; else draws are coupled
-        (`speculative.py`). `peers`: the other ranks, of which this one is the driver. `queue`: what the device is told
-        to do; None: the device's own.
+        (`speculation/verification.py`). `peers`: the other ranks, of which this one is the driver. `queue`: what the
+        device is told to do; None: the device's own.
         """
         self.model = model
         self.device = cache.device

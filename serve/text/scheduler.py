@@ -14,7 +14,7 @@ When a decode finds no free block, another one is preempted (`victim.py`). It ke
 old place in the queue.
 
 Drafts come last: when every decode and prefill is planned, what is left of the budget and of the free blocks goes to
-draft tokens behind the decodes (`drafting.py`). No block is published before its tokens are settled.
+draft tokens behind the decodes (`speculation/drafting.py`). No block is published before its tokens are settled.
 
 Steps may overlap. `num_scheduled` and `num_pending` run ahead of what is settled, the epoch of a preempted or removed
 sequence makes what is in flight for it stale, and its blocks stay taken until the last step that writes them is
@@ -36,14 +36,14 @@ from serve.engine.interface import Update
 from serve.engine.job import Job, Status
 from serve.engine.waiting import WaitingQueue, aged_priority
 from serve.events import FinishReason
-from serve.text.beam_group import Beam, BeamGroup
+from serve.text.beams.group import Beam, BeamGroup
 from serve.text.claims import Claims
-from serve.text.draft_length import DraftLength
-from serve.text.drafting import Drafting
 from serve.text.kv_cache import KVCache
 from serve.text.limits import Limits
 from serve.text.queued import Queued
 from serve.text.sequence import Sequence, TokenBatch, TokenOutput, TokenUpdate
+from serve.text.speculation.draft_length import DraftLength
+from serve.text.speculation.drafting import Drafting
 from serve.text.turns import in_turn
 from serve.text.victim import choose_victim
 

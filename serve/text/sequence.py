@@ -24,7 +24,7 @@ from serve.engine.job import Job
 from serve.errors import RequestFailed
 from serve.events import FinishReason, TokenLogprobs
 from serve.request import SamplingParams
-from serve.text.grammar import Matcher
+from serve.text.grammar.grammar import Matcher
 from serve.text.kv_cache import KVCache
 
 PENDING = -1
@@ -79,7 +79,7 @@ class Sequence(Job):
     last_step: int = -1
     """The last step that may write its blocks: they are freed when that one is settled."""
 
-    # What differs for a beam request, which is one job and several sequences (`beam_group.py`).
+    # What differs for a beam request, which is one job and several sequences (`beams/group.py`).
 
     @property
     def owner(self) -> Sequence:

@@ -13,9 +13,9 @@ from serve.gateway.parsing.markers import SPECIAL, Spellings
 from serve.gateway.tool_use import ToolUse
 from serve.gateway.tools import Tool, ToolChoice
 from serve.request import SamplingParams
-from serve.text.grammar import Cost, Matcher
-from serve.text.grammar_source import to_llguidance
-from serve.text.grammar_vocabulary import Vocabulary
+from serve.text.grammar.grammar import Cost, Matcher
+from serve.text.grammar.source import to_llguidance
+from serve.text.grammar.vocabulary import Vocabulary
 
 pytest.importorskip("llguidance")
 

@@ -15,12 +15,12 @@ from models.attention.build import make_attention
 from models.registry import load_text_model
 from serve.engine.engine import Engine
 from serve.request import BeamParams, SamplingParams
-from serve.text.beam_group import BeamGroup
-from serve.text.draft_model import DraftModel
+from serve.text.beams.group import BeamGroup
 from serve.text.kv_cache import KVCache
 from serve.text.runner import TokenRunner
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence
+from serve.text.speculation.draft_model import DraftModel
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

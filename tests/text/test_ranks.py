@@ -25,14 +25,14 @@ from models.parallel import ALONE, head_share, layer_range
 from serve.errors import EngineDead, RequestFailed
 from serve.options import ModelOptions, SpeculativeOptions
 from serve.request import BeamParams, Grammar, SamplingParams
-from serve.text.beam_group import BeamGroup
+from serve.text.beams.group import BeamGroup
 from serve.text.build import TextEngine, build_engine, start_ranks
 from serve.text.build_ranks import Ranks
-from serve.text.grammar import Cost, Matcher
-from serve.text.grammar_source import to_llguidance
-from serve.text.grammar_vocabulary import load_vocabulary
+from serve.text.grammar.grammar import Cost, Matcher
+from serve.text.grammar.source import to_llguidance
+from serve.text.grammar.vocabulary import load_vocabulary
 from serve.text.peers import Peers
-from serve.text.sampler import Sampler
+from serve.text.sampling.sampler import Sampler
 from serve.text.sequence import Sequence
 
 torch.set_num_threads(1)

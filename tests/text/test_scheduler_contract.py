@@ -31,7 +31,7 @@ from serve.engine.engine import Engine
 from serve.engine.job import Status
 from serve.errors import ContextTooLong, InvalidRequest, RequestFailed
 from serve.events import FinishReason
-from serve.text.beam_group import BeamGroup, BeamUpdate
+from serve.text.beams.group import BeamGroup, BeamUpdate
 from serve.text.scheduler import TokenScheduler
 from serve.text.sequence import Sequence
 
