@@ -45,6 +45,8 @@ class Placement:
     stream: EventStream
     leave: Callable[[], None]
     """Called once when the stream is of no use any more."""
+    note_loss: Callable[[], None]
+    """Called before when the replica has died, with all that it had."""
 
 
 class Placer(Protocol):
@@ -52,15 +54,11 @@ class Placer(Protocol):
 
     suspects: Suspects
 
-    def note_loss(self, replica_id: str) -> None:
-        """This replica is lost with all that it has now."""
-        ...
-
     async def place_again(
         self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
     ) -> Placement:
-        """Wait for a replica to accept, not beyond the loop's time `until`. `lost` takes those that die meanwhile.
-        `fingerprint`: only replicas of that one; None: any."""
+        """Wait for a replica to accept, not beyond the loop's time `until`. `fingerprint`: only replicas of that one;
+        None: any. `lost` takes those that die meanwhile; ReplicaLost when they are `MAX_LOST` then."""
         ...
 
     def moved(self, request: Request) -> None: ...
@@ -74,15 +72,16 @@ class PlacedStream:
     def __init__(
         self,
         request: Request,
-        placement: Placement,
+        placement: Placement | None,
         placer: Placer,
         delivered: Delivered,
         lost: list[str],
         began: float,
     ) -> None:
-        """`lost`: replicas that have died with the request, `began`: the loop's time when it was submitted."""
+        """`placement`: None for one that is to `begin`. `lost`: replicas that have died with the request, `began`: the
+        loop's time when it was submitted."""
         self._request = request
-        self._placement: Placement | None = placement
+        self._placement = placement
         self._placer = placer
         self._delivered = delivered
         self._lost = lost
@@ -116,19 +115,23 @@ class PlacedStream:
         if placement is not None:
             await _leave(placement)
 
+    async def begin(self) -> None:
+        """Find a replica for a new request that was at `MAX_LOST` when they died, before any had accepted it."""
+        self._placement, again = await self._place(None)
+        if again is not None:
+            await self._move(self._placement, again)
+
     async def _move(self, placement: Placement, loss: TandemError) -> None:
         """Go on elsewhere. Raises what the client is to read when that cannot be; `_placement` is then None."""
         loop, self._placement = asyncio.get_running_loop(), None
         began, has_died = loop.time(), not isinstance(loss, Draining)
         if has_died:
-            self._placer.note_loss(placement.replica_id)
+            placement.note_loss()
         await _leave(placement)
         if self._delivered.is_complete:
             return
         if has_died:
             self._lost.append(placement.replica_id)
-        is_suspect = len(self._lost) >= MAX_LOST and has_died
-        if is_suspect and not self._placer.suspects.are_several(self._request.request_id, self._lost):
             require_innocent(self._request, self._lost, self._placer)
         if self._num_moves == MAX_MOVES:
             raise loss
@@ -138,11 +141,7 @@ class PlacedStream:
                 f"the same ones; rejection_sample_method: coupled would)"
             ) from None
         self._num_moves += 1
-        fingerprint = placement.fingerprint if self._delivered.has_begun else None
-        trial = self._placer.suspects.trial(self._request.model) if is_suspect else nullcontext()
-        async with trial:
-            new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until, fingerprint)
-            again = await self._stand_trial(new) if is_suspect else None
+        new, again = await self._place(placement.fingerprint if self._delivered.has_begun else None)
         log.warning(
             "request moved id=%s from=%s to=%s loss=%s pause_s=%.3f",
             *(self._request.request_id, placement.replica_id, new.replica_id, loss.code, loop.time() - began),
@@ -154,6 +153,21 @@ class PlacedStream:
             await self._move(new, again)
         else:
             self._placement = new
+
+    async def _place(self, fingerprint: str | None) -> tuple[Placement, Draining | None]:
+        """At a replica of that fingerprint, on trial when enough have died with the request. With what it left the
+        replica by, if it did during its trial."""
+        while True:
+            num_lost = len(self._lost)
+            is_suspect = num_lost >= MAX_LOST
+            async with self._placer.suspects.trial(self._request.model) if is_suspect else nullcontext():
+                try:
+                    new = await self._placer.place_again(self._delivered.rest(), self._lost, self._until, fingerprint)
+                except ReplicaLost:
+                    if len(self._lost) == num_lost:
+                        raise
+                    continue  # one died before it had accepted the request, which is now a suspect
+                return new, await self._stand_trial(new) if is_suspect else None
 
     async def _stand_trial(self, placement: Placement) -> Draining | None:
         """Return when the replica has survived this request's first step there, or how it was left before.
@@ -167,7 +181,7 @@ class PlacedStream:
         except (ReplicaLost, EngineDead):
             await _leave(placement)
             self._lost.append(placement.replica_id)
-            require_innocent(self._request, self._lost, self._placer)
+            raise convicted(self._request, self._lost, self._placer) from None
         except BaseException:
             await _leave(placement)
             raise
@@ -175,12 +189,15 @@ class PlacedStream:
 
 
 def require_innocent(request: Request, lost: list[str], placer: Placer) -> None:
-    """Raise Quarantined when the request has lost as many replicas as it may."""
-    if len(lost) < MAX_LOST:
-        return
+    """Raise Quarantined when the request has lost as many replicas as it may, and no other one was at all of them."""
+    if len(lost) >= MAX_LOST and not placer.suspects.are_several(request.request_id, lost):
+        raise convicted(request, lost, placer)
+
+
+def convicted(request: Request, lost: list[str], placer: Placer) -> Quarantined:
     placer.gave_up(request)
     log.error("request quarantined id=%s lost=%s", request.request_id, ",".join(lost))
-    raise Quarantined(
+    return Quarantined(
         f"{len(lost)} replicas of {request.model} were lost while they computed this request, which may be the cause; "
         f"it is not tried on another one. Tell the operator its id, {request.request_id!r}"
     )

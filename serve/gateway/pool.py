@@ -15,18 +15,10 @@ from functools import partial
 from typing import Protocol
 
 from serve.backend import Backend, EventStream
-from serve.errors import (
-    ConfigError,
-    Draining,
-    EngineDead,
-    Overloaded,
-    ReplicaLost,
-    TandemError,
-    Unavailable,
-)
+from serve.errors import ConfigError, Draining, EngineDead, Overloaded, ReplicaLost, TandemError, Unavailable
 from serve.gateway.catalog import Catalog
 from serve.gateway.delivered import delivered
-from serve.gateway.failover import PlacedStream, Placement, require_innocent, shortened
+from serve.gateway.failover import MAX_LOST, PlacedStream, Placement, require_innocent, shortened
 from serve.gateway.hold import Hold
 from serve.gateway.routing import Candidate, Prediction, Router
 from serve.gateway.shedding import Coming, Returns, too_late
@@ -187,9 +179,17 @@ class Pool:
         """Return once a replica has accepted. Raises what the last replica refused with, Overloaded before others."""
         lost: list[str] = []
         began = asyncio.get_running_loop().time()
-        placement = await self._place(request, lost, is_new=True)
+        try:
+            placement = await self._place(request, lost, is_new=True)
+        except ReplicaLost:
+            if len(lost) < MAX_LOST:
+                raise
+            placement = None
         seen = delivered(request, self.models[request.model].card)
-        return PlacedStream(request, placement, self, seen, lost, began)
+        stream = PlacedStream(request, placement, self, seen, lost, began)
+        if placement is None:
+            await stream.begin()
+        return stream
 
     async def place_again(
         self, request: Request, lost: list[str], until: float | None, fingerprint: str | None
@@ -206,10 +206,12 @@ class Pool:
         loop, pause = asyncio.get_running_loop(), FIRST_RETRY_S
         last_try = loop.time() + self._failover_wait_s
         while True:
-            joined = self._joined
+            joined, num_lost = self._joined, len(lost)
             try:
                 return await self._place(shortened(request, until, loop.time()), lost, fingerprint)
             except Unavailable:
+                if len(lost) > max(num_lost, MAX_LOST - 1):
+                    raise
                 if any(entry.model == request.model for entry in self._loading):
                     last_try = loop.time() + self._failover_wait_s
                 left = (last_try if until is None else min(last_try, until)) - loop.time()
@@ -221,10 +223,6 @@ class Pool:
 
     def moved(self, request: Request) -> None:
         self._count("tandem_failovers_total", request)
-
-    def note_loss(self, replica_id: str) -> None:
-        if (member := self._members.get(replica_id)) is not None:
-            self.suspects.record(replica_id, member.open.values())
 
     def gave_up(self, request: Request) -> None:
         self._count("tandem_quarantines_total", request)
@@ -251,8 +249,9 @@ class Pool:
     async def _place(
         self, request: Request, lost: list[str], fingerprint: str | None = None, *, is_new: bool = False
     ) -> Placement:
-        """At the best replica that takes it. `lost` takes those whose connection ends meanwhile. Only those of that
-        fingerprint may; without one, those whose tokenizer has read the request, if there are any."""
+        """At the best replica that takes it. `lost` takes those whose connection ends meanwhile; with `MAX_LOST` in it
+        this raises Quarantined, or ReplicaLost where others had the same losses. Only replicas of that fingerprint may;
+        without one, those whose tokenizer has read the request, if there are any."""
         able = self._able(request.model, fingerprint)
         refusals: list[TandemError] = []
         spared: Prediction | None = None
@@ -307,18 +306,25 @@ class Pool:
         if member is None or member.remote is not remote:
             return None
         self._router.record(request, prediction)
+        member.open[key := object()] = request.request_id
+        leave, note_loss = partial(self._ended, member, key), partial(self._note_loss, member)
         try:
             stream = await remote.submit(request)
-        except _ELSEWHERE as refusal:
-            refusals.append(refusal)
+        except BaseException as refusal:
             has_died = isinstance(refusal, ReplicaLost) and not _is_up(member)
+            if has_died:
+                note_loss()
+            leave()
+            if not isinstance(refusal, _ELSEWHERE):
+                raise
+            refusals.append(refusal)
             if has_died and prediction.replica_id not in lost:  # or it is the death that is known already
                 lost.append(prediction.replica_id)
                 require_innocent(request, lost, self)
+                if len(lost) >= MAX_LOST:
+                    raise
             return None
-        member.open[key := object()] = request.request_id
-        leave = partial(self._ended, member, key)
-        return Placement(prediction.replica_id, member.entry.fingerprint, stream, leave)
+        return Placement(prediction.replica_id, member.entry.fingerprint, stream, leave, note_loss)
 
     async def _join(self, member: _Member) -> None:
         """Connect, trying again with growing pauses while the hub names the replica."""
@@ -344,12 +350,16 @@ class Pool:
     def _lost(self, member: _Member) -> None:
         """The connection ended. The hub may name the replica for a while yet: try to get it back."""
         remote, member.remote = member.remote, None
+        self._note_loss(member)
         self._router.forget(member.entry.replica_id)
         if remote is not None:
             self._close(remote)
         if not member.is_dropped and (member.joining is None or member.joining.done()):
             log.warning("replica lost id=%s", member.entry.replica_id)
             member.joining = asyncio.create_task(self._join(member))
+
+    def _note_loss(self, member: _Member) -> None:
+        self.suspects.record(member.entry.replica_id, member.open.values())
 
     def _drop(self, member: _Member, *, now: bool = False) -> None:
         """Send it nothing more; close the connection when its streams have ended."""

@@ -24,8 +24,8 @@ class Suspects:
         self._trials: dict[str, asyncio.Lock] = {}
 
     def record(self, replica_id: str, request_ids: Iterable[str]) -> None:
-        """A replica was lost that had these requests of this gateway. The first word counts."""
-        self._had.setdefault(replica_id, frozenset(request_ids))
+        """A replica was lost that had these requests of this gateway; told once or, as they learn of it, again."""
+        self._had[replica_id] = self._had.get(replica_id, frozenset()).union(request_ids)
         if len(self._had) > REMEMBERED:
             self._had.popitem(last=False)
 

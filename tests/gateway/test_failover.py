@@ -473,3 +473,71 @@ def test_neighbours_of_a_poisonous_request_are_tried_alone_and_keep_their_answer
         assert [tokens(answer) for answer in answers[:4]] == [REPLY] * 4
         assert isinstance(answers[4], Quarantined) and net.count("tandem_quarantines_total") == 1
         assert sum(not backend.is_alive for backend in backends) <= 3
+
+
+@dataclass(eq=False)
+class Doomed(FakeBackend):
+    """On a node that dies: from `is_dying` on it accepts nothing any more, and what it has is lost with its gate."""
+
+    is_dying: bool = False
+
+    async def submit(self, request):
+        if not self.is_dying:
+            return await super().submit(request)
+        self.requests.append(request)
+        await self.gate.wait()
+        self.is_alive = False
+        raise LOST
+
+    def end(self) -> None:
+        self.fail_after = 0, LOST
+        self.gate.set()
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_node_that_dies_with_two_replicas_costs_no_request(accepts):
+    """What the first one had goes to the second, which is still thought to work, and ends with it on the way or there;
+    the hub no longer names either by then."""
+    doomed = [Doomed(REPLY, replica_id=f"r{i}", gate=asyncio.Event()) for i in range(2)]
+
+    @with_net(*doomed, FakeBackend(REPLY, replica_id="r2"))
+    async def _(net):
+        net.backends, last = doomed, net.backends[2]
+        await net.join()
+        streams = [await net.pool.submit(replace(request(), request_id=f"{i}")) for i in range(6)]
+        readers = [asyncio.ensure_future(read(stream)) for stream in streams]
+        first, second = doomed
+        assert len(first.requests) == len(second.requests) == 3
+        second.is_dying = not accepts
+        first.end()
+        first.is_alive = False
+        while len(second.requests) < 6:
+            await asyncio.sleep(0)
+        if accepts:
+            net.pool.update([])
+        second.end()
+        second.is_alive = False
+        while second.open:
+            await asyncio.sleep(0)
+        net.backends = [last]
+        await net.join()
+        assert [tokens(each) for each in await asyncio.gather(*readers)] == [REPLY] * 6
+        assert net.count("tandem_quarantines_total") == 0
+
+
+def test_new_requests_that_meet_two_deaths_together_are_tried_alone_too():
+    doomed = [Doomed(REPLY, replica_id=f"r{i}", gate=asyncio.Event(), is_dying=True) for i in range(2)]
+
+    @with_net(*doomed, FakeBackend(REPLY, replica_id="r2"))
+    async def _(net):
+        net.backends, last = doomed, net.backends[2]
+        await net.join()
+        doomed[1].backlog_s = 1000.0
+        asked = [asyncio.ensure_future(answer(net, replace(request(), request_id=f"{i}"))) for i in range(2)]
+        for dying in doomed:
+            while len(dying.requests) < 2:
+                await asyncio.sleep(0)
+            dying.end()
+        net.backends = [last]
+        await net.join()
+        assert [tokens(each) for each in await asyncio.gather(*asked)] == [REPLY] * 2
