@@ -138,6 +138,11 @@ def kill_replica(site: Site) -> None:
     _end(site, site.drivers()[:1])
 
 
+def kill_replicas(site: Site) -> None:
+    """SIGKILL for all processes of the model, as on one node that dies: until one is back there is none."""
+    _end(site, site.drivers())
+
+
 def kill_rank(site: Site) -> None:
     """SIGKILL for a rank that is not the replica's own."""
     _end(site, site.cluster.processes("PeerActor")[:1])
@@ -283,11 +288,11 @@ def started(model: dict[str, Any], num_tokens: int) -> Iterator[Site]:
 
 FAULTS: dict[str, Fault] = {
     fault.__name__: fault
-    for fault in (kill_replica, kill_controller, scale_up, scale_down, kill_gateway, redeploy, kill_node)
+    for fault in (kill_replica, kill_replicas, kill_controller, scale_up, scale_down, kill_gateway, redeploy, kill_node)
 }
 RANK_FAULTS: dict[str, Fault] = {fault.__name__: fault for fault in (kill_rank, hang_rank)}
 
-COSTS_REPLICAS = {kill_replica, kill_rank, hang_rank, kill_node}
+COSTS_REPLICAS = {kill_replica, kill_replicas, kill_rank, hang_rank, kill_node}
 
 
 def main() -> None:

@@ -33,6 +33,13 @@ def test_killed_replica_costs_a_pause(site):
     assert outcome.num_moves
 
 
+def test_streams_outlast_the_death_of_all_replicas_at_once(site):
+    """A new request is told to come back while there is none."""
+    outcome = drills.run(site, drills.kill_replicas)
+    assert (outcome.errors, outcome.left_behind, outcome.num_same) == ([], [], NUM_CLIENTS)
+    assert all("no replica" in error for error in outcome.probe_errors)
+
+
 def test_replicas_come_and_go_unnoticed_though_streams_outlast_the_drain(site):
     assert nobody_noticed(drills.run(site, drills.scale_up))
     assert nobody_noticed(drills.run(site, drills.scale_down))
