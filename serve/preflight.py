@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 from models.source import SourceError, check_local, kind_of, local_folder, local_kind
 from serve.errors import ConfigError
-from serve.gateway.auth import settle_keys
+from serve.gateway.auth import ENVIRONMENT_KEY, settle_keys
 from serve.options import ModelOptions, ServeOptions, check_kind
 from serve.ranks.split import Geometry, check_split, read_geometry
 from serve.ranks.text_geometry import GeometryError
 
 
 def settle(options: ServeOptions, *, loads_here: bool) -> ServeOptions:
-    """`options` with the gateway's keys read from their file and the environment. Raises ConfigError.
+    """`options` with the gateway's keys read from their file and the environment, where they are no more then: whoever
+    loads a model's code inherits it. Raises ConfigError.
 
     `loads_here`: models are read on this machine; else their folders are the business of the cluster's nodes.
     """
     settled = dataclasses.replace(options, gateway=settle_keys(options.gateway))
+    os.environ.pop(ENVIRONMENT_KEY, None)
     for model in options.models if loads_here else ():
         check_model(model)
         check_machine(model)

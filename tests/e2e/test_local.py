@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from serving import Serving, eventually, serving
 from tiny import tiny_folder
@@ -197,3 +198,12 @@ def test_nothing_listens_beyond_loopback(server):
 def test_no_secret_is_on_a_command_line(server):
     for process in server.children():
         assert len(" ".join(process.cmdline())) < 400 + len(os.getcwd())
+
+
+def test_processes_that_load_models_do_not_inherit_the_key(folder):
+    with serving(str(folder), "--no-ray", "--threads", "1", TANDEM_API_KEY="a-secret") as running:
+        assert httpx.get(f"{running.url}/v1/models").status_code == 401
+        answer = httpx.get(f"{running.url}/v1/models", headers={"Authorization": "Bearer a-secret"})
+        assert answer.status_code == 200
+        children = psutil.Process(running.process.pid).children(recursive=True)
+        assert len(children) >= 2 and not any("a-secret" in child.environ().values() for child in children)
