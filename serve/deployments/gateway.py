@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.channel import Attend
 from serve.deployments.node import node_address, num_nodes
 from serve.deployments.router import ChosenReplicaRouter
+from serve.errors import ReplicaLost
 from serve.gateway.gateway import Gateway
 from serve.gateway.hold import Sleeper
 from serve.logs import configure_logging
@@ -101,6 +102,7 @@ class GatewayDeployment:
             return None
 
         async def attend(session_id: str) -> None:
-            await handle.attend.remote(session_id, replica_id=entry.replica_id)
+            if not await handle.attend.remote(session_id, replica_id=entry.replica_id):
+                raise ReplicaLost(f"replica {entry.replica_id!r} is not in service")
 
         return attend

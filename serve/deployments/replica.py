@@ -18,7 +18,6 @@ from ray.serve.handle import DeploymentHandle
 from serve.deployments.node import listening_address, num_nodes
 from serve.deployments.ranks import RayLauncher
 from serve.deployments.stopping import told_to_stop
-from serve.errors import ReplicaLost
 from serve.logs import configure_logging
 from serve.options import ModelOptions
 from serve.replica import Replica, Served, build, end_process
@@ -62,14 +61,16 @@ class ReplicaDeployment:
         await self._replica.start()
         self._leaving = asyncio.create_task(self._leave(drain_timeout_s))
 
-    async def attend(self, session_id: str, *, replica_id: str) -> None:
+    async def attend(self, session_id: str, *, replica_id: str) -> bool:
         """Return soon after the last stream of that connection.
 
-        Raises ReplicaLost when Serve brought the call here because it no longer, or not yet, has the replica it names.
+        False at once when Serve brought the call here because it no longer, or not yet, has the replica it names. (Not
+        an exception: Serve writes each into its log as a failed request.)
         """
         if replica_id != self._id:
-            raise ReplicaLost(f"replica {replica_id!r} is not in service")
+            return False
         await self._replica.server.attend(session_id)
+        return True
 
     async def wake(self) -> None:
         """There is a replica: this one. While there is none, Serve keeps the call and starts one because of it."""

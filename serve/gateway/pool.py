@@ -274,7 +274,8 @@ class Pool:
             if spared is not None:
                 able[spared.replica_id].turn_away(spared.work_s)  # it is asked for all the same
                 if is_new:
-                    work_s = spared.work_s / sum(not remote.is_draining for remote in able.values())
+                    num_soon = sum(entry.model == request.model for entry in self._loading)
+                    work_s = spared.work_s / (num_soon + sum(not remote.is_draining for remote in able.values()))
                     refusal.retry_after_s = self._returns.book(request.model, refusal.retry_after_s or 0.0, work_s)
             raise refusal
         if refusals:
