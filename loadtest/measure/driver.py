@@ -89,6 +89,8 @@ class Driver:
         self._on_end = on_end
         self._numbers = count()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._probes: set[asyncio.Task[None]] = set()
+        """On the way. They do not hold the end up: there may always be one."""
         self._stop = asyncio.Event()
         self._watch = Watch(load.lost_after_s, time.perf_counter)
         self._places: AbstractAsyncContextManager[Any] = nullcontext()
@@ -118,7 +120,8 @@ class Driver:
         except asyncio.CancelledError:
             self.run.ending = Ending.INTERRUPTED
         finally:
-            rest = [task for task in (main, probing, stopping, watching, *self._tasks) if task is not None]
+            every = (main, probing, stopping, watching, *self._tasks, *self._probes)
+            rest = [task for task in every if task is not None]
             for task in rest:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
@@ -142,7 +145,7 @@ class Driver:
         assert self._load.offsets is not None
         for offset, (ask, ready) in zip(self._load.offsets, prepared):
             await self._until(offset)
-            self._begin(self._converse(ask, ready, offset))
+            self._begin(self._converse(ask, ready, offset), self._tasks)
         await self._all()
 
     async def _closed(self) -> None:
@@ -157,14 +160,14 @@ class Driver:
                 await self._converse(ask, self._target.prepare(ask), None)
 
         for _ in range(load.max_concurrency or 1):
-            self._begin(client())
+            self._begin(client(), self._tasks)
         await self._all()
 
     async def _probe(self) -> None:
         for number, ask in enumerate(self._load.probes):
             offset = (number + 0.5) / self._load.probe_rate
             await self._until(offset)
-            self._begin(self._one(ask, self._target.prepare(ask), offset))
+            self._begin(self._one(ask, self._target.prepare(ask), offset), self._probes)
 
     async def _watching(self) -> None:
         while not self._watch.is_lost:
@@ -177,10 +180,10 @@ class Driver:
         while self._now() < offset:
             await asyncio.sleep(0)
 
-    def _begin(self, coroutine: Any) -> None:
+    def _begin(self, coroutine: Any, tasks: set[asyncio.Task[None]]) -> None:
         task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _all(self) -> None:
         while self._tasks:

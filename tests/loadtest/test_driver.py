@@ -88,7 +88,7 @@ def test_a_conversation_ends_with_the_first_turn_that_fails():
 def test_probes_run_beside_the_load_and_end_with_it():
     probe = text_ask(group="probe")
     run = driven(FakeTarget(seconds=lambda ask: 0.1), offsets=[0.0], probes=repeat(probe), probe_rate=50.0)
-    assert {one.group for one in run.outcomes} == {"text", "probe"}
+    assert {one.group for one in run.outcomes} == {"text", "probe"} and run.ending is Ending.DONE
     assert run.duration_s == max(one.end for one in run.outcomes if one.group == "text")
 
 
