@@ -28,16 +28,19 @@ def nobody_noticed(outcome: Outcome) -> bool:
     return outcome.num_same == NUM_CLIENTS and outcome.num_probes > 0
 
 
+def no_stream_noticed(outcome: Outcome) -> bool:
+    """The same where there may be no replica for a while: a new request is then told to come back."""
+    assert (outcome.errors, outcome.left_behind) == ([], [])
+    return outcome.num_same == NUM_CLIENTS and all(error.startswith("503") for error in outcome.probe_errors)
+
+
 def test_killed_replica_costs_a_pause(site):
     assert nobody_noticed(outcome := drills.run(site, drills.kill_replica))
     assert outcome.num_moves
 
 
 def test_streams_outlast_the_death_of_all_replicas_at_once(site):
-    """A new request is told to come back while there is none."""
-    outcome = drills.run(site, drills.kill_replicas)
-    assert (outcome.errors, outcome.left_behind, outcome.num_same) == ([], [], NUM_CLIENTS)
-    assert all("no replica" in error for error in outcome.probe_errors)
+    assert no_stream_noticed(drills.run(site, drills.kill_replicas))
 
 
 def test_replicas_come_and_go_unnoticed_though_streams_outlast_the_drain(site):
@@ -55,10 +58,11 @@ def test_every_process_is_replaced_and_streams_go_on_at_the_new_ones(site):
     assert nobody_noticed(drills.run(site, drills.redeploy))
 
 
-def test_killed_node_costs_a_pause_and_its_replica_comes_up_elsewhere(site):
+def test_killed_node_costs_a_pause_and_its_replicas_come_up_elsewhere(site):
+    """Serve may have put both there."""
     outcome = drills.run(site, drills.kill_node)
-    assert nobody_noticed(outcome) and outcome.known_s is not None
     drills.add_node(site)
+    assert no_stream_noticed(outcome) and outcome.known_s is not None
 
 
 def test_other_weights_and_ranks_are_rolled_out_and_ranks_die_and_hang(site):
