@@ -9,23 +9,23 @@ import triton
 import triton.language as tl
 
 from serve.text.sampling.arithmetic import NO_TOKEN, score_of
-from serve.text.sampling.words import MARGIN, POSITION, SEED, TOP_K, TOP_P
+from serve.text.sampling.words import MARGIN, NUM_WORDS, POSITION, SEED, TOP_K, TOP_P
 
 
 @triton.jit
 def word_of(params_ptr, slot, word: tl.constexpr):
-    return tl.load(params_ptr + slot * 16 + word)
+    return tl.load(params_ptr + slot * NUM_WORDS + word)
 
 
 @triton.jit
 def number_of(params_ptr, slot, word: tl.constexpr):
-    return tl.load(params_ptr + slot * 16 + word).to(tl.float32, bitcast=True)
+    return tl.load(params_ptr + slot * NUM_WORDS + word).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def seed_of(params_ptr, slot):
     low = word_of(params_ptr, slot, SEED).to(tl.uint32, bitcast=True).to(tl.uint64)
-    return low | (tl.load(params_ptr + slot * 16 + SEED + 1).to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+    return low | (tl.load(params_ptr + slot * NUM_WORDS + SEED + 1).to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
 
 
 @triton.jit
